@@ -51,10 +51,9 @@ def conv_general_dilated(params: Mapping[str, Any], operands: Sequence[Tensor], 
 
 
 def conv_flops(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> float:
-    """2 · |result| · window · input channels per group.
+    """2 · |result| · window · input channels per group, without the zeros that an input dilation puts in.
 
-    A gradient convolution is written as a dilated one whose window is the whole image; zeros put in by dilation are
-    not counted: the smaller of the two ways to count (by results, by inputs) is the arithmetic that is really done.
+    The gradient of a strided convolution is written with such a dilation.
     """
     numbers = params["dimension_numbers"]
     kernel = operands[1].shape

@@ -112,7 +112,9 @@ def evaluate(
 
 
 def apply(eqn: Equation, arguments: Sequence[Any]) -> list[Any]:
-    functions, params = eqn.primitive.get_bind_params(dict(eqn.params))
+    # JAX 0.10 gives the keyword arguments of bind; other releases give a pair with the functions in front.
+    bound = eqn.primitive.get_bind_params(dict(eqn.params))
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
     result = eqn.primitive.bind(*functions, *arguments, **params)
     return list(result) if eqn.primitive.multiple_results else [result]
 
