@@ -1,0 +1,101 @@
+"""Fits of measured times: a fixed part and a rate, with ranges and residuals.
+
+Matmuls (FLOPs), memory-bound kernels (bytes) and messages (bytes) all follow the same law over their size:
+``seconds = fixed_seconds + amount / amount_per_second``. For messages it is Hockney's alpha-beta model
+(R. W. Hockney, Parallel Computing 20 (1994) 389-398).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import least_squares
+
+from meshwright.calibrate.quantity import Quantity
+
+OUTLIER_LOG_ERROR = 0.1  # residuals beyond about 10 % count linearly, not squared: a busy machine has outliers
+SMALLEST_SECONDS = 1e-9  # below the clock's resolution, so that the logarithm of a vanishing fixed part exists
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """How far a fit is from its measurements: relative errors |model / measured - 1| as fractions."""
+
+    median: float
+    p90: float
+    points: int
+
+    def __str__(self) -> str:
+        return f"error median {self.median:.0%}, p90 {self.p90:.0%} over {self.points} points"
+
+
+@dataclass(frozen=True, slots=True)
+class RateFit:
+    """``seconds = fixed_seconds + amount / amount_per_second`` with 95 % ranges."""
+
+    fixed_seconds: Quantity
+    amount_per_second: Quantity
+    residual: Residual
+
+    def seconds(self, amount: float) -> float:
+        """The model's time for one amount (bytes or FLOPs)."""
+        return self.fixed_seconds.value + amount / self.amount_per_second.value
+
+
+def fit_rate(amounts: ArrayLike, seconds: ArrayLike, source: str) -> RateFit:
+    """Fit a fixed part and a rate to times over several orders of magnitude.
+
+    Both parameters and the residuals are logarithms, so small and large sizes weigh alike, nothing turns negative, and
+    a robust loss (soft L1) bounds the pull of outliers. Ranges are twice the standard error from the Jacobian at the
+    solution, scaled by the remaining misfit.
+
+    Args:
+        amounts: bytes or FLOPs, positive.
+        seconds: measured times, positive.
+        source: where the times come from; the residual is appended to it.
+
+    Raises:
+        ValueError: fewer than two distinct amounts, or something not positive.
+    """
+    x = np.asarray(amounts, dtype=float)
+    y = np.asarray(seconds, dtype=float)
+    if x.shape != y.shape or len(np.unique(x)) < 2 or not (np.all(x > 0) and np.all(y > 0)):
+        raise ValueError(f"a fit needs positive times of at least two distinct positive sizes, not {len(x)} points")
+
+    def log_error(parameters: np.ndarray) -> np.ndarray:
+        fixed, per_amount = np.exp(parameters)
+        return np.asarray(np.log((fixed + x * per_amount) / y))
+
+    order = np.argsort(x)
+    start = np.log([max(y[order[0]], SMALLEST_SECONDS), y[order[-1]] / x[order[-1]]])
+    lower = np.array([np.log(SMALLEST_SECONDS), -np.inf])
+    found = least_squares(
+        log_error, np.maximum(start, lower), bounds=(lower, np.inf), loss="soft_l1", f_scale=OUTLIER_LOG_ERROR
+    )
+    errors = np.abs(np.expm1(log_error(found.x)))
+    residual = Residual(float(np.median(errors)), float(np.quantile(errors, 0.9)), len(x))
+    spread = 2.0 * _standard_errors(found.jac, found.fun)
+    fixed, per_amount = np.exp(found.x)
+    text = f"{source}; {residual}"
+    return RateFit(
+        fixed_seconds=_ranged(fixed, spread[0], text),
+        amount_per_second=_ranged(1.0 / per_amount, spread[1], text),
+        residual=residual,
+    )
+
+
+def median_quantity(samples: ArrayLike, source: str) -> Quantity:
+    """The median of repeated measurements, with the quartiles as its range."""
+    low, middle, high = (float(q) for q in np.quantile(np.asarray(samples, dtype=float), [0.25, 0.5, 0.75]))
+    return Quantity(middle, f"{source}; median of {np.size(samples)}, range is the quartiles", low, high)
+
+
+def _standard_errors(jacobian: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+    freedom = max(1, len(residuals) - jacobian.shape[1])
+    covariance = np.linalg.pinv(jacobian.T @ jacobian) * float(residuals @ residuals) / freedom
+    return np.asarray(np.sqrt(np.diag(covariance)))
+
+
+def _ranged(value: float, log_spread: float, source: str) -> Quantity:
+    width = float(np.exp(min(log_spread, 3.0)))  # a parameter that the data do not determine keeps a wide, finite range
+    return Quantity(float(value), source, float(value / width), float(value * width))

@@ -1,0 +1,404 @@
+"""Clusters as plain frozen data: devices, links and hosts, and their text form.
+
+Units stand in the names. Every number is a ``Quantity``: a value, where it comes from and, where it was measured, its
+range. An object that exists is valid. A machine file is JSON; ``machines/`` holds those that are shipped.
+"""
+
+import difflib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from meshwright.calibrate.quantity import Quantity, Record, need_not_negative, need_positive, short_dtype
+from meshwright.errors import ClusterError
+
+COLLECTIVE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "permute")
+FALLBACK_DTYPE = "f32"
+FORMAT = "meshwright-cluster"
+VERSION = 1
+MACHINES = Path(__file__).parent / "machines"
+
+__all__ = [
+    "COLLECTIVE_KINDS",
+    "Cluster",
+    "CollectiveFit",
+    "Device",
+    "Host",
+    "Link",
+    "Quantity",
+    "cluster_from_data",
+    "cluster_to_data",
+    "load_cluster",
+    "parse_cluster",
+    "save_cluster",
+    "shipped_machines",
+]
+
+
+class Device(Record, frozen=True, kw_only=True):
+    """One accelerator, or one single-threaded CPU rank.
+
+    ``flops_per_second`` holds the peak for each dtype (``bf16``, ``f16``, ``f32``, ...); ``matmul_efficiency`` is what
+    large matmuls achieve of it. ``memory_bytes_per_second`` is what memory-bound kernels achieve, reads and writes
+    together. ``launch_seconds`` is paid by each kernel, ``dispatch_seconds`` by each call of a compiled program.
+    """
+
+    name: str
+    memory_bytes: Quantity
+    flops_per_second: dict[str, Quantity]
+    matmul_efficiency: Quantity
+    memory_bytes_per_second: Quantity
+    launch_seconds: Quantity
+    dispatch_seconds: Quantity
+
+    def __post_init__(self) -> None:
+        need_positive("memory_bytes", self.memory_bytes)
+        if FALLBACK_DTYPE not in self.flops_per_second:
+            raise ClusterError(
+                f"flops_per_second has no {FALLBACK_DTYPE!r}; it stands in for dtypes that are not listed"
+            )
+        for dtype, flops in self.flops_per_second.items():
+            need_positive(f"flops_per_second.{dtype}", flops)
+        need_positive("matmul_efficiency", self.matmul_efficiency)
+        if self.matmul_efficiency.value > 1:
+            raise ClusterError(
+                f"matmul_efficiency.value is {self.matmul_efficiency.value:g}; a fraction of the peak, at most 1, is needed"
+            )
+        need_positive("memory_bytes_per_second", self.memory_bytes_per_second)
+        need_not_negative("launch_seconds", self.launch_seconds)
+        need_not_negative("dispatch_seconds", self.dispatch_seconds)
+
+    def peak_flops(self, dtype: str) -> float:
+        """Peak FLOP/s for a dtype, ``bf16`` or NumPy's ``bfloat16`` alike; an unlisted dtype runs at the f32 rate."""
+        key = short_dtype(dtype)
+        return self.flops_per_second.get(key, self.flops_per_second[FALLBACK_DTYPE]).value
+
+
+class CollectiveFit(Record, frozen=True, kw_only=True):
+    """Measured time of one kind of collective among ``ranks`` devices: latency + message_bytes / bytes_per_second.
+
+    ``message_bytes`` is the size of the *whole* array: the reduced one, the gathered one, the one before scattering,
+    for an all-to-all what all ranks hold together; for a permute, what each rank sends.
+    """
+
+    ranks: int
+    latency_seconds: Quantity
+    bytes_per_second: Quantity
+
+    def __post_init__(self) -> None:
+        if self.ranks < 2:
+            raise ClusterError(f"ranks is {self.ranks}; a collective has at least 2")
+        need_not_negative("latency_seconds", self.latency_seconds)
+        need_positive("bytes_per_second", self.bytes_per_second)
+
+    def seconds(self, message_bytes: float) -> float:
+        """Time of one collective on an array of ``message_bytes``."""
+        return self.latency_seconds.value + message_bytes / self.bytes_per_second.value
+
+
+class Link(Record, frozen=True, kw_only=True):
+    """How one device reaches another.
+
+    ``bytes_per_second`` is what one device sends to one other, per direction, with nobody else on the link;
+    ``host_bytes_per_second``, where given, caps what all devices of a host send over it together (a shared NIC).
+    """
+
+    bytes_per_second: Quantity
+    latency_seconds: Quantity
+    host_bytes_per_second: Quantity | None = None
+    collectives: dict[str, tuple[CollectiveFit, ...]] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        need_positive("bytes_per_second", self.bytes_per_second)
+        need_not_negative("latency_seconds", self.latency_seconds)
+        if self.host_bytes_per_second is not None:
+            need_positive("host_bytes_per_second", self.host_bytes_per_second)
+        for kind, fits in self.collectives.items():
+            if kind not in COLLECTIVE_KINDS:
+                raise ClusterError(f"collectives.{kind} is not a collective; known are {', '.join(COLLECTIVE_KINDS)}")
+            ranks = [fit.ranks for fit in fits]
+            if len(set(ranks)) != len(ranks):
+                raise ClusterError(f"collectives.{kind} lists a number of ranks twice: {ranks}")
+
+    def fitted(self, kind: str, ranks: int) -> CollectiveFit | None:
+        """The measured entry for exactly this kind and number of ranks, if there is one."""
+        return next((fit for fit in self.collectives.get(kind, ()) if fit.ranks == ranks), None)
+
+
+class Host(Record, frozen=True, kw_only=True):
+    """One machine: equal devices, the link between them, and the cores that feed them.
+
+    On a CPU machine ``share_cores`` is true: its devices are ranks that take turns on the cores. ``busy_slowdown`` is
+    then the measured time of a matmul with all ``devices`` busy, over its time alone (1 for separate devices).
+    """
+
+    device: Device
+    devices: int
+    cores: int
+    link: Link
+    share_cores: bool = False
+    busy_slowdown: Quantity | None = None
+
+    def __post_init__(self) -> None:
+        for name, count in (("devices", self.devices), ("cores", self.cores)):
+            if count < 1:
+                raise ClusterError(f"{name} is {count}; at least 1 is needed")
+        if self.busy_slowdown is not None and not (self.share_cores and self.busy_slowdown.value >= 1):
+            raise ClusterError(
+                f"busy_slowdown.value is {self.busy_slowdown.value:g} with share_cores {self.share_cores}; "
+                "a number of at least 1 is needed, and only where devices share cores"
+            )
+
+    def slowdown(self, busy_devices: int) -> float:
+        """How many times slower each of ``busy_devices`` devices computes than one alone.
+
+        Measured at all devices busy and linear in between; without a measurement, cores are shared out fairly.
+        """
+        if not self.share_cores or busy_devices <= 1:
+            return 1.0
+        if self.busy_slowdown is None or self.devices == 1:
+            return max(1.0, busy_devices / self.cores)
+        return 1.0 + (self.busy_slowdown.value - 1.0) * (busy_devices - 1) / (self.devices - 1)
+
+    def resized(self, devices: int) -> "Host":
+        """This CPU host with another number of ranks, which divide the same memory and the same cores."""
+        if not self.share_cores:
+            raise ClusterError("a host of separate devices has a fixed number of them; give a number of hosts")
+        if devices < 1:
+            raise ClusterError(f"{devices} devices were asked for; at least 1 is needed")
+        memory = self.device.memory_bytes.scaled(self.devices / devices)
+        busy = self.busy_slowdown
+        if busy is not None and devices != self.devices:
+            # Measured for another number of ranks: keep the overhead over fair sharing, which is what was learnt.
+            overhead = busy.value / max(1.0, self.devices / self.cores)
+            value = max(1.0, overhead * max(1.0, devices / self.cores)) if devices > 1 else 1.0
+            busy = Quantity(value, f"scaled from {self.devices} to {devices} ranks: {busy.source}")
+        device = msgspec.structs.replace(self.device, memory_bytes=memory)
+        return msgspec.structs.replace(self, device=device, devices=devices, busy_slowdown=busy)
+
+
+class Cluster(Record, frozen=True, kw_only=True):
+    """Hosts and the network between them. Devices are numbered host by host, in order."""
+
+    name: str
+    hosts: tuple[Host, ...]
+    inter_host: Link
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.hosts:
+            raise ClusterError("hosts is empty; a cluster has at least one host")
+
+    @property
+    def devices(self) -> int:
+        """Number of devices of all hosts together."""
+        return sum(host.devices for host in self.hosts)
+
+    @property
+    def devices_per_host(self) -> int:
+        """Devices on every host; where hosts differ, the smallest number, which a box of devices finds everywhere."""
+        return min(host.devices for host in self.hosts)
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether all hosts are equal."""
+        return all(host == self.hosts[0] for host in self.hosts)
+
+    def host_of(self, device_index: int) -> int:
+        """Index of the host that holds a device."""
+        first = 0
+        for index, host in enumerate(self.hosts):
+            if first <= device_index < first + host.devices:
+                return index
+            first += host.devices
+        raise ClusterError(f"device {device_index} is not in cluster {self.name!r}, which has 0..{self.devices - 1}")
+
+    def device(self, device_index: int) -> Device:
+        """The device with this index."""
+        return self.hosts[self.host_of(device_index)].device
+
+    def link(self, device_indices: Sequence[int]) -> Link:
+        """The slowest link that a group of devices needs: inside one host, or between hosts."""
+        owners = {self.host_of(index) for index in device_indices}
+        return self.hosts[owners.pop()].link if len(owners) == 1 else self.inter_host
+
+
+class HostGroup(Host, frozen=True, kw_only=True):
+    """``count`` equal hosts, as one entry of a machine file."""
+
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.count < 1:
+            raise ClusterError(f"count is {self.count}; at least 1 is needed")
+
+
+class ClusterFile(Record, frozen=True, kw_only=True):
+    """The text form of a cluster: the same data with equal neighbouring hosts written once."""
+
+    format: str
+    version: int
+    name: str
+    hosts: tuple[HostGroup, ...]
+    inter_host: Link
+    notes: tuple[str, ...] = ()
+
+
+def cluster_to_data(cluster: Cluster) -> dict[str, Any]:
+    """The cluster as plain JSON data, the inverse of ``cluster_from_data``."""
+    groups: list[tuple[Host, int]] = []
+    for host in cluster.hosts:
+        if groups and groups[-1][0] == host:
+            groups[-1] = (host, groups[-1][1] + 1)
+        else:
+            groups.append((host, 1))
+    data: dict[str, Any] = {"format": FORMAT, "version": VERSION, **msgspec.to_builtins(cluster)}
+    data["hosts"] = [{"count": count, **msgspec.to_builtins(host)} for host, count in groups]
+    return data
+
+
+def cluster_from_data(data: object, where: str = "cluster") -> Cluster:
+    """Check plain JSON data and make the cluster; ``where`` (a file's name) begins each error's line."""
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ClusterError(f'{where}: format is not "{FORMAT}"; a machine file begins with it')
+    if data.get("version") != VERSION:
+        raise ClusterError(f"{where}: version is {data.get('version')!r}; this Meshwright reads version {VERSION}")
+    try:
+        file = msgspec.convert(data, ClusterFile)
+        hosts = tuple(_one_host(group) for group in file.hosts for _ in range(group.count))
+        return Cluster(name=file.name, hosts=hosts, inter_host=file.inter_host, notes=file.notes)
+    except msgspec.ValidationError as error:
+        raise ClusterError(f"{where}: {_located(error)}") from None
+    except ClusterError as error:
+        raise ClusterError(f"{where}: {error}") from None
+
+
+def load_cluster(path: str | os.PathLike[str]) -> Cluster:
+    """Read a machine file; what is wrong in it is one line that names the place.
+
+    Raises:
+        ClusterError: the file cannot be read, is not JSON, or holds something impossible.
+    """
+    where = os.fspath(path)
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except OSError as error:
+        raise ClusterError(f"{where}: cannot be read ({error.strerror}); give the path of a machine file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ClusterError(f"{where}: not JSON ({error}); run `meshwright calibrate` to make a new one") from None
+    except ClusterError as error:
+        raise ClusterError(f"{where}: {error}") from None
+    return cluster_from_data(data, where)
+
+
+def save_cluster(cluster: Cluster, path: str | os.PathLike[str]) -> None:
+    """Write a machine file in one step: whoever looks sees the old file or the whole new one."""
+    target = Path(path)
+    text = json.dumps(cluster_to_data(cluster), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise ClusterError(f"{target}: cannot be written ({error.strerror}); choose another place") from None
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def shipped_machines() -> tuple[str, ...]:
+    """Names of the machines that come with Meshwright."""
+    return tuple(sorted(path.stem for path in MACHINES.glob("*.json")))
+
+
+def parse_cluster(spec: str) -> Cluster:
+    """The cluster that a text means: ``dgx-a100:16``, ``cpu:4``, ``dgx-a100:2+dgx-h100:2`` or ``machine.json:4``.
+
+    The count is a number of hosts; for a machine whose devices share cores (``cpu``) it is the number of devices of
+    its one host. Without a count, a shipped machine or file is taken as it is. The parts of a sum are joined by the
+    slowest of their networks.
+
+    Raises:
+        ClusterError: the name is unknown, the count is no positive whole number, or a file is damaged.
+    """
+    parts = [_parse_part(part.strip()) for part in spec.split("+")]
+    if len(parts) == 1:
+        return parts[0]
+    return Cluster(
+        name=spec,
+        hosts=tuple(host for part in parts for host in part.hosts),
+        inter_host=_slowest([part.inter_host for part in parts]),
+        notes=tuple(note for part in parts for note in part.notes),
+    )
+
+
+def _parse_part(part: str) -> Cluster:
+    name, colon, count_text = part.rpartition(":")
+    if not colon or ("." in count_text and not name):
+        name, count_text = part, ""
+    if name in shipped_machines():
+        cluster = load_cluster(MACHINES / f"{name}.json")
+    elif name.endswith(".json") or os.sep in name:
+        cluster = load_cluster(name)
+    else:
+        known = ", ".join(shipped_machines())
+        close = difflib.get_close_matches(name, shipped_machines(), n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ClusterError(f"cluster {part!r} is unknown; {hint}Shipped are {known}; or give the path of a .json file.")
+    if not colon:
+        return cluster
+    if not (count_text.isascii() and count_text.isdigit() and int(count_text) >= 1):
+        raise ClusterError(f"cluster {part!r} has the count {count_text!r}; use a whole number, as in {name}:2")
+    return _with_count(cluster, int(count_text), part)
+
+
+def _with_count(cluster: Cluster, count: int, name: str) -> Cluster:
+    host = cluster.hosts[0]
+    if not cluster.homogeneous:
+        raise ClusterError(f"cluster {name!r} has unequal hosts, which cannot be counted; leave out ':{count}'")
+    hosts = (host.resized(count),) if host.share_cores else (host,) * count
+    return msgspec.structs.replace(cluster, name=name, hosts=hosts)
+
+
+def _slowest(links: Sequence[Link]) -> Link:
+    """The link that a transfer between the parts of a sum is bound by: lowest bandwidth, highest latency."""
+    caps = [link.host_bytes_per_second for link in links if link.host_bytes_per_second is not None]
+    return Link(
+        bytes_per_second=min((link.bytes_per_second for link in links), key=lambda quantity: quantity.value),
+        latency_seconds=max((link.latency_seconds for link in links), key=lambda quantity: quantity.value),
+        host_bytes_per_second=min(caps, key=lambda quantity: quantity.value) if caps else None,
+    )
+
+
+def _one_host(group: HostGroup) -> Host:
+    return Host(**{name: getattr(group, name) for name in Host.__struct_fields__})
+
+
+def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON objects with a field written twice are a slip that would silently lose a number."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ClusterError(f"field {name!r} is written twice in one object; keep one")
+        fields[name] = value
+    return fields
+
+
+def _located(error: msgspec.ValidationError) -> str:
+    """A schema error as ``hosts[0].device.memory_bytes.value is -1; ...``: our own messages begin with their field."""
+    message, _, path = str(error).partition(" - at `$")
+    path = path.rstrip("`").removeprefix(".")
+    if isinstance(error.__cause__, ClusterError):
+        return f"{path}.{message}" if path else message
+    if message.startswith("Object contains unknown field"):
+        return f"{path or 'the file'} has the unknown field {message.rpartition(' ')[2]}; remove it or correct its name"
+    return f"{path or 'the file'}: {message[0].lower()}{message[1:]}"
