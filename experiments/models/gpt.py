@@ -1,7 +1,7 @@
 """A GPT-2 decoder: pre-norm transformer layers, unrolled, with a next-token loss.
 
 Sources: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3; the parameter
-count is that of Narayanan et al., SC 2021, equation 2, plus the last layer norm.
+count is that of Narayanan et al., SC 2021, section 5, plus the last layer norm.
 With ``dtype=f16`` the loss is not scaled: the time and memory are those of a float16 run, but small gradients
 underflow. Train with bf16 or f32.
 """

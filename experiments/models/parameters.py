@@ -22,7 +22,8 @@ class Weight:
 def initialize(weights: PyTree, key: Any) -> PyTree:
     """Draw every weight of the tree; leaf number i uses ``fold_in(key, i)``, so the result depends on nothing else."""
     leaves, tree = jax.tree.flatten(weights)
-    return tree.unflatten([_draw(weight, jax.random.fold_in(key, i)) for i, weight in enumerate(leaves)])
+    arrays = [_draw(weight, jax.random.fold_in(key, i)) for i, weight in enumerate(leaves)]
+    return jax.tree.unflatten(tree, arrays)
 
 
 def count(weights: PyTree) -> int:

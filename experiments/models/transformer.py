@@ -16,7 +16,7 @@ from meshwright.models.base import PyTree
 from meshwright.models.numerics import cast, gelu, normalize, softmax, spread, times
 from meshwright.models.parameters import Weight
 
-STD = 0.02  # GPT-2's initialisation: Radford et al. 2019, section 2.3
+STD = 0.02  # of every kernel and table at the start: Radford et al. 2018, section 4.1
 DTYPES: dict[str, Any] = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
 
 
@@ -25,7 +25,7 @@ def norm_weights(hidden: int) -> PyTree:
 
 
 def attention_weights(hidden: int, heads: int, layers: int) -> PyTree:
-    """Projections of one attention; ``layers`` damps what enters the residual stream (GPT-2)."""
+    """Projections of one attention; ``layers`` damps what enters the residual stream (GPT-2, section 2.3)."""
     size = hidden // heads
     return {
         "qkv": {"kernel": Weight((hidden, 3, heads, size), STD), "bias": Weight((3, heads, size))},
@@ -68,9 +68,7 @@ def mlp(weights: PyTree, x: Array) -> Array:
 
 def take_rows(table: Array, rows: Array) -> Array:
     """Rows of a table as one gather on dim 0; a row number outside the table is clipped to it."""
-    dims = lax.GatherDimensionNumbers(
-        offset_dims=(rows.ndim,), collapsed_slice_dims=(0,), start_index_map=(0,)
-    )
+    dims = lax.GatherDimensionNumbers(offset_dims=(rows.ndim,), collapsed_slice_dims=(0,), start_index_map=(0,))
     return lax.gather(table, lax.expand_dims(rows, (rows.ndim,)), dims, (1, table.shape[1]), mode="clip")
 
 

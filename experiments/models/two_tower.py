@@ -1,8 +1,8 @@
 """A two-tower model: a transformer reads a text, an MLP reads features, and their agreement is fitted to a rating.
 
 The towers meet in one inner product alone, so they can run side by side: a graph whose stages are not a line.
-Towers after Covington et al., RecSys 2016, section 3; two branches as a test of stage graphs after Jeon et al.,
-"GraphPipe" (ASPLOS 2025), section 7.
+Sources: Huang et al., CIKM 2013 (two towers that meet in a product); Jeon et al., "GraphPipe", ASPLOS 2025 (models
+with branches as a test of pipelines that are graphs).
 """
 
 from dataclasses import dataclass

@@ -29,7 +29,7 @@ from meshwright.models.parameters import Weight, initialize
 # Bottleneck blocks in each of the four stages; a net of d layers has (d - 2) / 3 blocks.
 BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 NORMS = ("batch", "microbatch", "group")
-GROUPS = 32  # of channels, in group norm; Wu and He, section 4.1
+GROUPS = 32  # of channels, in group norm; the default of Wu and He
 _DIMS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -60,7 +60,8 @@ class WideResNetConfig:
 
 def weights(config: WideResNetConfig) -> PyTree:
     """Every parameter's shape and start; the last norm of a block starts at 0, so a block starts as the identity."""
-    entering, stages = config.channels, []
+    entering = config.channels
+    stages: list[list[PyTree]] = []
     for stage, blocks in enumerate(BLOCKS[config.layers]):
         inner = config.channels * 2**stage
         stages.append([])
