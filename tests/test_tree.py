@@ -16,12 +16,13 @@ LINKS = {
     "execute": "../execute",
     "models": "../experiments/models",
 }
-# Where the tests of each folder of the source stand.
+# Where the tests of each folder of the source stand: named as it is imported.
 MIRRORS = {
     "calibrate": "calibrate",
     "simulate": "simulate",
     "plan": "plan",
     "execute": "execute",
+    "experiments/models": "models",
     "experiments": "experiments",
     "meshwright/cli": "cli",
 }
