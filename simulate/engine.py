@@ -172,7 +172,7 @@ def _stretched(rates: tuple[float, ...], width: int) -> list[float]:
     return [*rates, *(throughput / k for k in range(len(rates) + 1, width + 1))]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _run_alone(
     duration: Floats, executor: Ints, edge_start: Ints, edge_from: Ints, latency: Floats, executors: int
 ) -> tuple[Floats, Floats, Ints, Ints, int]:
@@ -186,7 +186,7 @@ def _run_alone(
             last[executor[task]] = task
     start, end = np.zeros(count), np.zeros(count)
     blame, blame_edge = np.full(count, -1, np.int64), np.full(count, -1, np.int64)
-    NEW, OPEN, DONE = np.uint8(0), np.uint8(1), np.uint8(2)
+    OPEN, DONE = np.uint8(1), np.uint8(2)  # on the stack; timed
     state = np.zeros(count, np.uint8)
     next_edge = edge_start[:-1] - 1  # one below its first edge: the executor has not been asked yet
     stack = np.empty(count, np.int64)

@@ -13,7 +13,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _push(keys: Floats, ids: Ints, size: int, key: float, identity: int) -> int:
     """Add to a binary heap ordered by (key, identity); returns the new size."""
     child = size
@@ -27,7 +27,7 @@ def _push(keys: Floats, ids: Ints, size: int, key: float, identity: int) -> int:
     return size + 1
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _pop(keys: Floats, ids: Ints, size: int) -> int:
     """Remove the first of a binary heap, which the caller has read; returns the new size."""
     size -= 1
@@ -48,7 +48,7 @@ def _pop(keys: Floats, ids: Ints, size: int) -> int:
     return size
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def run_shared(
     duration: Floats,
     executor: Ints,
