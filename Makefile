@@ -17,6 +17,7 @@ help:  ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY)  ## make .venv and install Meshwright in it, with what its tests need
+	@echo "==> ready: $(BIN)/meshwright --help"
 
 demo: $(READY)  ## calibrate this machine, plan, simulate, then train a small GPT on 4 MPI ranks
 	@echo "==> the demo: results go to demo/"
@@ -71,4 +72,3 @@ $(READY): pyproject.toml
 	@echo "==> installing Meshwright and its tools into $(VENV)"
 	@$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
 	@touch $(READY)
-	@echo "==> ready: $(BIN)/meshwright --help"
