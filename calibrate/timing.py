@@ -1,0 +1,61 @@
+"""Timings as data, and how one is taken: warm first, repeat, keep the median and the spread."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+import numpy as np
+
+MOST_REPEATS = 200
+FEWEST_REPEATS = 5
+
+
+class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Repeated measurement of one thing: its family (one fit each), its size and the spread of its times.
+
+    ``amount`` is FLOPs for matmuls and bytes for everything else; ``ranks`` is 1 unless ranks work together.
+    """
+
+    family: str
+    amount: float
+    seconds: float
+    low_seconds: float
+    high_seconds: float
+    repeats: int
+    ranks: int = 1
+
+
+def timing(family: str, amount: float, samples: Sequence[float], ranks: int = 1) -> Timing:
+    """Median of the samples, with their quartiles as the spread."""
+    low, middle, high = (float(q) for q in np.quantile(samples, [0.25, 0.5, 0.75]))
+    return Timing(
+        family=family,
+        amount=amount,
+        seconds=middle,
+        low_seconds=low,
+        high_seconds=high,
+        repeats=len(samples),
+        ranks=ranks,
+    )
+
+
+def sample(call: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each of ``repeats`` calls; ``call`` returns only when its work is done."""
+    samples = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - start)
+    return samples
+
+
+def repeats_within(trial_seconds: float, budget_seconds: float) -> int:
+    """How many calls fit a budget, between the fewest that make a median and the most that still teach something."""
+    return int(np.clip(budget_seconds / max(trial_seconds, 1e-9), FEWEST_REPEATS, MOST_REPEATS))
+
+
+def sample_within(call: Callable[[], object], budget_seconds: float) -> list[float]:
+    """Warm a call (it may compile), then repeat it for about ``budget_seconds``."""
+    call()
+    trial = min(sample(call, 2))
+    return sample(call, repeats_within(trial, budget_seconds))
