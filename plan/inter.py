@@ -59,7 +59,9 @@ class StageTable:
         if len(shape) != 5 or 0 in shape or shape[1] != shape[0] + 1 or shape[3] != shape[4]:
             raise PlanError(f"stage seconds have shape {shape}; needed is (L, L+1, K, A, A) with L layers, K kinds")
         layers, _, kinds, layouts, _ = shape
-        wanted = {name: shape for name in ("once_seconds", "static_bytes", "saved_bytes", "transient_bytes")}
+        wanted: dict[str, tuple[int, ...]] = dict.fromkeys(
+            ("once_seconds", "static_bytes", "saved_bytes", "transient_bytes"), shape
+        )
         wanted |= {"hop_seconds": (layers + 1, 2, kinds, layouts, kinds, layouts), "devices": (kinds,)}
         for name, needed in wanted.items():
             if getattr(self, name).shape != needed:
@@ -82,7 +84,7 @@ class StageTable:
 
     @property
     def layers(self) -> int:
-        return self.seconds.shape[0]
+        return len(self.seconds)
 
 
 @dataclass(frozen=True, slots=True, order=True)

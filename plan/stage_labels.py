@@ -23,7 +23,7 @@ NEVER = np.iinfo(np.int64).max  # a live count that no pipeline reaches
 _SHAPE_STEP = 6364136223846793005  # Knuth's 64-bit multiplier: shapes are told apart by a rolling hash
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def prefix_bounds(
     seconds: FloatArray,
     once: FloatArray,
@@ -95,7 +95,7 @@ def prefix_bounds(
     return closed, opened
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _precedes(facts: IntArray, at: int, other_facts: IntArray, other: int, pool: IntArray) -> bool:
     """Whether one suffix is lexicographically before another (by last layer, kind, entry, exit of each stage)."""
     for column in range(LAST, NEXT):
@@ -110,7 +110,7 @@ def _precedes(facts: IntArray, at: int, other_facts: IntArray, other: int, pool:
     return False
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _beats(values: FloatArray, facts: IntArray, at: int, other: int, pool: IntArray) -> bool:
     """Whether any prefix does better with label ``at`` than with ``other`` in (total, idle, stages, order)."""
     for column in range(4):
@@ -127,7 +127,7 @@ def _beats(values: FloatArray, facts: IntArray, at: int, other: int, pool: IntAr
     return bool(_precedes(facts, at, facts, other, pool))
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _is_beaten(
     values: FloatArray, facts: IntArray, start: int, end: int, at: int, keep: int, shapes: IntArray, pool: IntArray
 ) -> bool:
@@ -150,7 +150,7 @@ def _is_beaten(
     return False
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _settle(
     values: FloatArray,
     facts: IntArray,
@@ -184,14 +184,14 @@ def _settle(
     return size
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _move(values: FloatArray, facts: IntArray, bounds: FloatArray, source: int, target: int) -> None:
     values[target] = values[source]
     facts[target] = facts[source]
     bounds[target] = bounds[source]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _grown(values: FloatArray, facts: IntArray, bounds: FloatArray) -> tuple[FloatArray, IntArray, FloatArray]:
     rows = values.shape[0]
     more_values = np.empty((2 * rows, values.shape[1]))
@@ -203,7 +203,7 @@ def _grown(values: FloatArray, facts: IntArray, bounds: FloatArray) -> tuple[Flo
     return more_values, more_facts, more_bounds
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _lift(values: FloatArray, bounds: FloatArray, at: int, prefix: FloatArray, weight: float) -> float:
     """Raise a label to what every prefix costs at least; returns the least total that it can reach."""
     values[at, LARGEST] = max(values[at, LARGEST], prefix[1]) if weight > 0 else 0.0
@@ -212,7 +212,7 @@ def _lift(values: FloatArray, bounds: FloatArray, at: int, prefix: FloatArray, w
     return float(bounds[at])
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def search_labels(
     seconds: FloatArray,
     once: FloatArray,
@@ -340,7 +340,7 @@ def search_labels(
     return new_facts[:new_tail], new_bounds[:new_tail], facts[:tail]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def least_peak_bytes(peaks: FloatArray, devices: IntArray, fits_at: BoolArray, all_devices: bool) -> float:
     """Least possible peak of the fullest device over all plans, whatever their time and layouts.
 

@@ -257,7 +257,7 @@ def alpa_old_vs_new_inputs(cases: list[dict[str, Any]]) -> Iterator[tuple[np.nda
 def test_alpas_recorded_plans_are_found() -> None:
     """Same least cost and same plan wherever B exceeds the number of stages.
 
-    Alpa's memory rule does not look at B. With B = 1 only one micro-batch is ever live, so more plans fit than it knows.
+    Alpa's memory rule does not look at B. With B = 1 only one micro-batch is ever live: more plans fit than it knows.
     """
     cases = json.loads(GOLDEN.read_text())
     seeded, drawn = cases[:1], cases[1:]
