@@ -225,13 +225,13 @@ class _Search:
     def exact(self, upper: float, keep: int) -> list[StagePlan]:
         """The ``keep`` best plans among those up to ``upper``."""
         upper *= 1 + _ROUNDING
-        arrays = (self.seconds, self.table.once_seconds, self.hops)
+        arrays = [self.seconds, self.table.once_seconds, self.hops]
         scale = (
             upper if np.isfinite(upper) else max(float(np.max(x, where=np.isfinite(x), initial=0.0)) for x in arrays)
         )
         if scale > 0:
             step = 2.0 ** (np.floor(np.log2(scale)) - _GRID_BITS)
-            arrays = tuple(np.where(x <= upper, np.round(x / step) * step, np.inf) for x in arrays)
+            arrays = [np.where(x <= upper, np.round(x / step) * step, np.inf) for x in arrays]
         return self._run(*arrays, upper, keep, int(kernels.NEVER))
 
     def _run(

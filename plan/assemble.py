@@ -1,0 +1,187 @@
+"""From chosen stages to the parts of a plan: planned stages, layer layouts, transfers and ties."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from meshwright.calibrate.hardware import Cluster, Link
+from meshwright.plan.graph import LayerGraph, ModelGraph
+from meshwright.plan.inter import Stage
+from meshwright.plan.planfile import Layout, PlannedStage, Transfer
+from meshwright.plan.sharding import AXIS_NAMES, Axes, spec_text
+from meshwright.plan.space import Space
+from meshwright.plan.stages import MeshKind, StageCost, StagePricer, transfer_cost
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """The part of a plan that the simulator needs and the executor runs."""
+
+    stages: tuple[PlannedStage, ...]
+    layouts: dict[str, Layout]
+    transfers: tuple[Transfer, ...]
+    tied: tuple[tuple[int, int], ...]
+
+
+def assemble(pricer: StagePricer, chosen: Sequence[Stage], cluster: Cluster) -> Assembly:
+    """Spell out the chosen stages."""
+    costs = [pricer.cost(s.first_layer, s.last_layer, s.kind, s.entry, s.exit) for s in chosen]
+    names: dict[bytes, str] = {}
+    layouts: dict[str, Layout] = {}
+    stages = []
+    for stage, cost in zip(chosen, costs, strict=True):
+        kind = pricer.kinds[stage.kind]
+        used = []
+        for table, choice in zip(cost.tables, cost.choices, strict=True):
+            layout = layer_layout(table.space, choice)
+            key = repr(layout).encode()
+            if key not in names:
+                names[key] = f"layout {len(names)}"
+                layouts[names[key]] = layout
+            used.append(names[key])
+        stages.append(_planned(stage, kind, cost, tuple(used)))
+    owner_stage = {layer: i for i, s in enumerate(chosen) for layer in range(s.first_layer, s.last_layer)}
+    transfers = _transfers(pricer, chosen, costs, owner_stage, cluster)
+    ties, tied = _ties(pricer.setting.graph, pricer, chosen, owner_stage, cluster)
+    return Assembly(tuple(stages), layouts, (*transfers, *ties), tied)
+
+
+def layer_layout(space: Space, choice: Sequence[int]) -> Layout:
+    """The specs that a layer's assignment pins."""
+    graph = space.graph
+    values: dict[str, str] = {}
+    for value, what in _pinned(space, choice).items():
+        spec = space.spec(value, choice)
+        if spec is not None:
+            values[f"{value}:{what}"] = spec_text(spec)
+    operands: dict[str, str] = {}
+    for index, op in enumerate(graph.operators):
+        node = space.node_of_operator[index]
+        if node < 0:
+            continue
+        split = space.splits[index][choice[node]]
+        for position, operand in enumerate(op.inputs):
+            home = space.spec(operand, choice)
+            if home is not None and home != split.operands[position]:
+                operands[f"{index}.{position}"] = spec_text(split.operands[position])
+    partial = {str(v): axes_text(space.partial_axes(v, choice)) for v in space.partial if space.partial_axes(v, choice)}
+    return Layout(values=values, operands=operands, partial=partial)
+
+
+def _pinned(space: Space, choice: Sequence[int]) -> dict[int, str]:
+    """The values whose spec the plan states, and what they are; all others follow."""
+    graph: LayerGraph = space.graph
+    named: dict[int, str] = {}
+    for index, op in enumerate(graph.operators):
+        node = space.node_of_operator[index]
+        if node >= 0 and (op.heavy or space.splits[index][choice[node]].contracted):
+            named.update(dict.fromkeys(op.outputs, op.primitive))
+    for what, group in (
+        ("residual", graph.residuals),
+        ("parameter", graph.parameters),
+        ("batch", graph.batch),
+        ("entry", graph.entries),
+        ("entry_cotangent", graph.entry_cotangents),
+        ("exit_cotangent", graph.exit_cotangents),
+        ("gradient", graph.gradients),
+        ("exit", graph.exits),
+    ):
+        named.update({v: what for v in group if v >= 0})
+    return dict(sorted(named.items()))
+
+
+def axes_text(axes: Axes) -> str:
+    return "+".join(AXIS_NAMES[a] for a in axes) or "-"
+
+
+def _planned(stage: Stage, kind: MeshKind, cost: StageCost, used: tuple[str, ...]) -> PlannedStage:
+    mesh = kind.mesh
+    return PlannedStage(
+        layers=(stage.first_layer, stage.last_layer),
+        devices=tuple(range(stage.first_device, stage.first_device + mesh.devices)),
+        mesh=dict(mesh.axes),
+        boundaries=tuple(axes_text(kind.layouts[b]) for b in cost.layouts),
+        layouts=used,
+        forward_compute_seconds=cost.forward_compute_seconds,
+        forward_communication_seconds=cost.forward_communication_seconds,
+        backward_compute_seconds=cost.backward_compute_seconds,
+        backward_communication_seconds=cost.backward_communication_seconds,
+        reduce_seconds=cost.once_communication_seconds,
+        update_seconds=cost.once_compute_seconds,
+        dispatch_seconds=mesh.device.dispatch_seconds.value,
+        static_bytes=cost.static_bytes,
+        saved_bytes=cost.saved_bytes,
+        transient_bytes=cost.transient_bytes,
+        peak_memory_bytes=0.0,  # the simulation of the whole plan tells
+    )
+
+
+def _link(cluster: Cluster, left: Stage, right: Stage) -> Link:
+    same = cluster.host_of(left.first_device) == cluster.host_of(right.first_device)
+    return cluster.hosts[cluster.host_of(left.first_device)].link if same else cluster.inter_host
+
+
+def _transfers(
+    pricer: StagePricer,
+    chosen: Sequence[Stage],
+    costs: Sequence[StageCost],
+    owner_stage: dict[int, int],
+    cluster: Cluster,
+) -> list[Transfer]:
+    graph = pricer.setting.graph
+    maker = graph.owner_of_value()
+    needs: dict[tuple[int, int], dict[int, int]] = {}  # (source, target) -> value -> first layer that reads it
+    active: set[int] = set()
+    for layer, use in enumerate(graph.layers):
+        for value, cotangent in zip(use.entries, graph.classes[use.layer_class].entry_cotangents, strict=True):
+            source, target = owner_stage[maker[value]], owner_stage[layer]
+            if source != target:
+                needs.setdefault((source, target), {}).setdefault(value, layer)
+                if cotangent >= 0:
+                    active.add(value)
+    found = []
+    for (source, target), values in sorted(needs.items()):
+        left, right = chosen[source], chosen[target]
+        there, back = pricer.kinds[left.kind], pricer.kinds[right.kind]
+        link = _link(cluster, left, right)
+        for what, group in (("activation", list(values)), ("cotangent", [v for v in values if v in active])):
+            wire = latency = 0.0
+            for value in group:
+                entry = back.layouts[costs[target].layouts[values[value] - right.first_layer]]
+                leave = there.layouts[costs[source].layouts[maker[value] - left.first_layer + 1]]
+                arguments = (there.mesh, back.mesh, entry) if what == "activation" else (back.mesh, there.mesh, leave)
+                seconds, latency = transfer_cost([graph.values[value]], *arguments, link)
+                wire += seconds
+            if group:
+                ends = (source, target) if what == "activation" else (target, source)
+                size = float(sum(graph.values[v].bytes for v in group))
+                found.append(Transfer(*ends, what, tuple(group), size, wire, latency))  # type: ignore[arg-type]
+    return found
+
+
+def _ties(
+    graph: ModelGraph, pricer: StagePricer, chosen: Sequence[Stage], owner_stage: dict[int, int], cluster: Cluster
+) -> tuple[list[Transfer], tuple[tuple[int, int], ...]]:
+    """Parameters read by several stages: the first owns them, the others send gradients and are sent the new value."""
+    stages_of: dict[int, list[int]] = {}
+    for layer, use in enumerate(graph.layers):
+        for leaf in use.parameters:
+            users = stages_of.setdefault(leaf, [])
+            if owner_stage[layer] not in users:
+                users.append(owner_stage[layer])
+    shared: dict[tuple[int, int], list[int]] = {}
+    for leaf, users in stages_of.items():
+        for user in users[1:]:
+            shared.setdefault((users[0], user), []).append(leaf)
+    found = []
+    for (owner, user), leaves in sorted(shared.items()):
+        tensors = [graph.parameters[leaf].tensor for leaf in leaves]
+        size = float(sum(t.bytes for t in tensors))
+        link = _link(cluster, chosen[owner], chosen[user])
+        meshes = [pricer.kinds[chosen[s].kind].mesh for s in (owner, user)]
+        for what, source, target in (("gradient", user, owner), ("parameter", owner, user)):
+            mesh_from, mesh_to = (meshes[1], meshes[0]) if what == "gradient" else (meshes[0], meshes[1])
+            wire, latency = transfer_cost(tensors, mesh_from, mesh_to, (), link)
+            found.append(Transfer(source, target, what, tuple(leaves), size, wire, latency))  # type: ignore[arg-type]
+    return found, tuple(sorted(shared))
+
+

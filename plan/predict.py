@@ -1,0 +1,109 @@
+"""A plan → the simulator's answer."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from meshwright.calibrate.hardware import Cluster
+from meshwright.plan.planfile import Plan, PlannedStage, Predicted, Transfer, load_plan, public_json
+from meshwright.simulate.build import build_program
+from meshwright.simulate.pipeline import PipelineCosts, StageCosts, TransferCost, simulate
+from meshwright.simulate.program import Program
+from meshwright.simulate.timeline import Timeline
+from meshwright.simulate.topology import core_sharing
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the simulator says of a plan."""
+
+    plan: Plan
+    timeline: Timeline
+    predicted: Predicted
+
+    def to_json(self) -> dict[str, Any]:
+        return {**public_json(self.plan), "predicted": msgspec.to_builtins(self.predicted)}
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write the timeline as a picture."""
+        from meshwright.simulate.gantt import plot_timelines  # noqa: PLC0415  matplotlib is slow to import
+
+        plot_timelines([("predicted", self.timeline)], path)
+
+
+def program_of(schedule: str, microbatches: int, stages: int, transfers: tuple[Transfer, ...], tied: tuple[tuple[int, int], ...]) -> Program:
+    edges = sorted({(t.source, t.target) for t in transfers if t.what == "activation"})
+    return build_program(schedule, stages, microbatches, edges, tied)
+
+
+def simulate_stages(
+    cluster: Cluster,
+    schedule: str,
+    microbatches: int,
+    stages: tuple[PlannedStage, ...],
+    transfers: tuple[Transfer, ...],
+    tied: tuple[tuple[int, int], ...] = (),
+) -> Timeline:
+    """Run the event engine on planned stages."""
+    costs = PipelineCosts(
+        stages=tuple(
+            StageCosts(
+                devices=stage.devices,
+                forward_seconds=stage.forward_seconds,
+                backward_seconds=stage.backward_seconds,
+                reduce_seconds=stage.reduce_seconds,
+                update_seconds=stage.update_seconds + stage.dispatch_seconds,
+                static_bytes=stage.static_bytes,
+                saved_bytes=stage.saved_bytes,
+                transient_bytes=stage.transient_bytes,
+            )
+            for stage in stages
+        ),
+        transfers={(t.source, t.target, t.what): TransferCost(t.wire_seconds, t.latency_seconds) for t in transfers},
+        cores=core_sharing(cluster),
+    )
+    return simulate(program_of(schedule, microbatches, len(stages), transfers, tied), costs)
+
+
+def judge(timeline: Timeline, cluster: Cluster, samples: int, tokens: int, model_flops: float, dtype: str = "f32") -> Predicted:
+    """The numbers people ask for. ``model_flops`` counts the whole iteration."""
+    seconds = timeline.makespan_seconds
+    devices = cluster.devices
+    peak = max(timeline.peak_bytes)
+    rate = model_flops / seconds / devices
+    limit = min(host.device.memory_bytes.value for host in cluster.hosts)
+    low, high = _relative_error(cluster)
+    return Predicted(
+        iteration_seconds=seconds,
+        iteration_seconds_low=seconds * low,
+        iteration_seconds_high=seconds * high,
+        tokens_per_second=samples * tokens / seconds,
+        model_flops_per_second_per_device=rate,
+        mfu=rate / cluster.device(0).peak_flops(dtype),
+        bubble_fraction=timeline.bubble_fraction,
+        exposed_communication_seconds=timeline.exposed_communication_seconds,
+        peak_memory_bytes=peak,
+        fits=bool(peak <= limit),
+    )
+
+
+def _relative_error(cluster: Cluster) -> tuple[float, float]:
+    """The range that the efficiency of a matmul, the largest single term, leaves to the step time."""
+    quantity = cluster.device(0).matmul_efficiency
+    fast = quantity.high if quantity.high is not None else quantity.value
+    slow = quantity.low if quantity.low is not None else quantity.value
+    return quantity.value / fast, quantity.value / slow
+
+
+def predict(plan: Plan) -> Prediction:
+    """Simulate a plan again, from what the plan file holds."""
+    cluster = plan.hardware
+    timeline = simulate_stages(cluster, plan.schedule, plan.microbatches, plan.stages, plan.transfers, plan.tied)
+    flops = plan.model_flops * plan.microbatches
+    return Prediction(plan, timeline, judge(timeline, cluster, plan.batch, plan.tokens_per_sample, flops, plan.compute_dtype))
+
+
+def predict_file(path: str) -> Prediction:
+    return predict(load_plan(path))

@@ -1,0 +1,133 @@
+"""Sharding specs and what it costs to change one: the vocabulary of the intra-operator planner."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from math import prod
+
+from meshwright.calibrate.hardware import Device, Link
+from meshwright.plan.graph import Tensor
+from meshwright.simulate.collective import collective_seconds
+
+Axes = tuple[int, ...]  # mesh axes, by position, in rising order
+Spec = tuple[Axes, ...]  # for each dim of an array, the mesh axes that split it
+
+AXIS_NAMES = ("data", "tensor", "third")
+
+
+@dataclass(frozen=True)
+class LogicalMesh:
+    """Devices in a box with named axes, the last axis over the fastest links; ``links[a]`` connects axis a."""
+
+    sizes: tuple[int, ...]
+    links: tuple[Link, ...]
+    device: Device
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != len(self.links) or len(self.sizes) > len(AXIS_NAMES) or min(self.sizes, default=1) < 1:
+            raise ValueError(f"a mesh of sizes {self.sizes} with {len(self.links)} links is not a mesh")
+
+    @cached_property
+    def devices(self) -> int:
+        return prod(self.sizes)
+
+    @property
+    def axes(self) -> tuple[tuple[str, int], ...]:
+        return tuple(zip(AXIS_NAMES, self.sizes, strict=False))
+
+    def size(self, axes: Axes) -> int:
+        return prod(self.sizes[a] for a in axes)
+
+    def collective_seconds(self, kind: str, message_bytes: float, axis: int) -> float:
+        """Seconds of one collective along one axis; ``message_bytes`` as ``simulate.collective`` defines it."""
+        return collective_seconds(kind, message_bytes, self.sizes[axis], self.links[axis])
+
+    def all_reduce_seconds(self, local_bytes: float, axes: Axes) -> float:
+        """Sum an array that every device holds in full: axis by axis."""
+        return sum(self.collective_seconds("all_reduce", local_bytes, axis) for axis in axes)
+
+
+def replicated(tensor: Tensor) -> Spec:
+    return ((),) * len(tensor.shape)
+
+
+def shards(spec: Spec, mesh: LogicalMesh) -> int:
+    """Number of distinct pieces an array is cut into."""
+    return prod(mesh.sizes[a] for axes in spec for a in axes)
+
+
+def local_bytes(tensor: Tensor, spec: Spec, mesh: LogicalMesh) -> float:
+    return tensor.bytes / shards(spec, mesh)
+
+
+def divides(tensor: Tensor, spec: Spec, mesh: LogicalMesh) -> bool:
+    return all(size % mesh.size(axes) == 0 for size, axes in zip(tensor.shape, spec, strict=True))
+
+
+def reshard_seconds(tensor: Tensor, before: Spec, after: Spec, mesh: LogicalMesh) -> float:
+    """Seconds to bring an array from one spec to another on the same mesh.
+
+    An axis that moves to another dim is an all-to-all, one that disappears an all-gather, one that appears a slice,
+    which is free. All-to-alls and slices come first: they work on the smallest pieces.
+    """
+    if before == after:
+        return 0.0
+    old = {axis: dim for dim, axes in enumerate(before) for axis in axes}
+    new = {axis: dim for dim, axes in enumerate(after) for axis in axes}
+    local = local_bytes(tensor, before, mesh)
+    seconds = 0.0
+    for axis, dim in sorted(old.items()):
+        if axis in new and new[axis] != dim:
+            seconds += mesh.collective_seconds("all_to_all", local * mesh.sizes[axis], axis)
+    for axis in new:
+        if axis not in old:
+            local /= mesh.sizes[axis]
+    for axis in sorted(old):
+        if axis not in new:
+            local *= mesh.sizes[axis]
+            seconds += mesh.collective_seconds("all_gather", local, axis)
+    return seconds
+
+
+def reshard_collectives(tensor: Tensor, before: Spec, after: Spec, mesh: LogicalMesh) -> list[tuple[str, float]]:
+    """The collectives that ``reshard_seconds`` prices, as (kind, elements of the result on one device)."""
+    old = {axis: dim for dim, axes in enumerate(before) for axis in axes}
+    new = {axis: dim for dim, axes in enumerate(after) for axis in axes}
+    local = tensor.elements / shards(before, mesh)
+    found: list[tuple[str, float]] = []
+    for axis, dim in sorted(old.items()):
+        if axis in new and new[axis] != dim:
+            found.append(("all_to_all", local))
+    for axis in new:
+        if axis not in old:
+            local /= mesh.sizes[axis]
+    for axis in sorted(old):
+        if axis not in new:
+            local *= mesh.sizes[axis]
+            found.append(("all_gather", local))
+    return found
+
+
+def boundary_layouts(mesh: LogicalMesh) -> tuple[Axes, ...]:
+    """How values between layers may be laid out: their first dim split over a subset of the mesh axes."""
+    axes = [a for a, size in enumerate(mesh.sizes) if size > 1]
+    return tuple(subset for count in range(len(axes) + 1) for subset in combinations(axes, count))
+
+
+def boundary_spec(tensor: Tensor, layout: Axes, mesh: LogicalMesh) -> Spec:
+    """The spec of a value between layers; whole where its first dim does not divide."""
+    if tensor.shape and tensor.shape[0] % mesh.size(layout) == 0:
+        return (layout, *((),) * (len(tensor.shape) - 1))
+    return replicated(tensor)
+
+
+def spec_text(spec: Spec) -> str:
+    """("data,-,tensor") one word a dim: the axes that split it joined by "+", or "-"."""
+    return ",".join("+".join(AXIS_NAMES[a] for a in axes) or "-" for axes in spec)
+
+
+def parse_spec(text: str) -> Spec:
+    """The spec that ``spec_text`` wrote. Errors: ValueError on an unknown axis."""
+    if not text:
+        return ()
+    return tuple(() if word == "-" else tuple(AXIS_NAMES.index(a) for a in word.split("+")) for word in text.split(","))

@@ -1,0 +1,453 @@
+"""The strategy space of one layer on one mesh: which choices there are and what each costs.
+
+Heavy operators choose freely; everything else follows a neighbour, so that a layer of two hundred equations becomes a
+graph of some twenty nodes. Costs are vectors over ``COMPONENTS``: a node has one per strategy, an edge one per pair.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.plan.fusion import Traffic, traffic
+from meshwright.plan.graph import UNSPLIT, LayerGraph, Operator, Tensor
+from meshwright.plan.sharding import (
+    Axes,
+    LogicalMesh,
+    Spec,
+    boundary_layouts,
+    boundary_spec,
+    local_bytes,
+    replicated,
+    reshard_seconds,
+)
+from meshwright.simulate.compute import op_seconds
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+# Seconds of one micro-batch: forward and backward, computing and communicating; seconds once per iteration likewise;
+# bytes on one device: parameters, gradients and optimizer state; activations kept per live micro-batch.
+COMPONENTS = (
+    "forward_compute", "forward_communication", "backward_compute", "backward_communication",
+    "once_compute", "once_communication", "static_bytes", "saved_bytes",
+)  # fmt: skip
+FC, FM, BC, BM, OC, OM, STATIC, SAVED = range(len(COMPONENTS))
+
+# Passing these keeps a partial sum a partial sum: they rearrange, or are linear in their one operand.
+_LINEAR_VIEWS = frozenset({"transpose", "reshape", "convert_element_type", "copy", "copy_p", "squeeze", "reduce_sum"})
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What training keeps per parameter element besides the parameter itself.
+
+    The optimizer update reads and writes ``update_bytes`` per element.
+    """
+
+    optimizer_bytes: float = 8.0  # Adam: two moments of four bytes
+    update_bytes: float = 28.0  # Adam in f32: read parameter, gradient, two moments; write all but the gradient
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where the spec of a value is decided: a node, and the value's spec for each of its strategies."""
+
+    node: int
+    specs: tuple[Spec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorSplit:
+    """How one operator runs under one strategy of its node."""
+
+    operands: tuple[Spec, ...]
+    results: tuple[Spec, ...]
+    contracted: Axes  # axes over which results are partial sums
+    shards: int
+
+
+@dataclass(slots=True)
+class Space:
+    """The strategy space of a layer. ``splits[o]`` has one entry per strategy of node ``node_of_operator[o]`` (-1: a constant)."""
+
+    graph: LayerGraph
+    mesh: LogicalMesh
+    layouts: tuple[Axes, ...]
+    node_costs: list[FloatArray] = field(default_factory=list)  # (components, strategies)
+    edge_costs: dict[tuple[int, int], FloatArray] = field(default_factory=dict)  # (components, strategies, strategies)
+    homes: dict[int, Home] = field(default_factory=dict)
+    splits: list[tuple[OperatorSplit, ...]] = field(default_factory=list)
+    node_of_operator: list[int] = field(default_factory=list)
+    partial: dict[int, int] = field(default_factory=dict)  # value whose sum may wait -> the operator that leaves it partial
+    entry_node: int = -1
+    exit_node: int = -1
+
+    def partial_axes(self, value: int, choice: Sequence[int]) -> Axes:
+        """Mesh axes over which ``value`` stays a partial sum until the end of the iteration."""
+        if value not in self.partial:
+            return ()
+        op = self.partial[value]
+        return self.splits[op][choice[self.node_of_operator[op]]].contracted
+
+    def spec(self, value: int, choice: Sequence[int]) -> Spec | None:
+        """The spec of a value under an assignment; None for constants, which take any."""
+        home = self.homes.get(value)
+        return None if home is None else home.specs[choice[home.node]]
+
+    def costs(self, choice: Sequence[int]) -> FloatArray:
+        """The cost vector of an assignment, over ``COMPONENTS``."""
+        total = np.zeros(len(COMPONENTS))
+        for node, strategy in enumerate(choice):
+            total += self.node_costs[node][:, strategy]
+        for (u, v), matrix in self.edge_costs.items():
+            total += matrix[:, choice[u], choice[v]]
+        return total
+
+
+def build_space(
+    graph: LayerGraph,
+    mesh: LogicalMesh,
+    memory: Memory,
+    layouts: Sequence[Axes] | None = None,
+    roles: Sequence[str] = (),
+) -> Space:
+    """Enumerate the strategies of a layer and price them. Source of the method: Alpa, OSDI 2022, section 4.
+
+    ``layouts`` are the boundary layouts to offer (default: all). ``roles`` may bind an axis to "data" (it splits only
+    dims that count samples) or to "tensor" (it splits none of those).
+    """
+    chosen = boundary_layouts(mesh) if layouts is None else tuple(layouts)
+    return _Builder(graph, mesh, memory, chosen, tuple(roles)).build()
+
+
+def split_of(op: Operator, axes_of_factor: Mapping[int, Axes], mesh: LogicalMesh) -> OperatorSplit:
+    """Apply an assignment of mesh axes to factors."""
+
+    def spec(dims: Sequence[int]) -> Spec:
+        return tuple(axes_of_factor.get(f, ()) if f != UNSPLIT else () for f in dims)
+
+    used = {a for axes in axes_of_factor.values() for a in axes}
+    contracted = tuple(sorted(a for f in op.rule.contracted for a in axes_of_factor.get(f, ())))
+    return OperatorSplit(
+        operands=tuple(spec(d) for d in op.rule.operands),
+        results=tuple(spec(d) for d in op.rule.results),
+        contracted=contracted,
+        shards=mesh.size(tuple(sorted(used))),
+    )
+
+
+def enumerate_splits(
+    op: Operator, mesh: LogicalMesh, roles: Sequence[str] = (), sample_factors: frozenset[int] = frozenset()
+) -> tuple[OperatorSplit, ...]:
+    """All ways to give the mesh axes to the factors worth splitting, each axis to one factor or to none.
+
+    ``sample_factors`` are those that count samples: the only ones for an axis with role "data", none for "tensor".
+    """
+    choices = [UNSPLIT, *_worth_splitting(op, mesh)]
+
+    def allowed(axis: int, factor: int) -> bool:
+        role = roles[axis] if roles else "any"
+        return role == "any" or factor == UNSPLIT or (role == "data") == (factor in sample_factors)
+
+    active = [a for a, size in enumerate(mesh.sizes) if size > 1]
+    found: dict[tuple[tuple[int, Axes], ...], OperatorSplit] = {}
+    for assignment in product(*([f for f in choices if allowed(axis, f)] for axis in active)):
+        axes_of_factor: dict[int, Axes] = {}
+        for axis, factor in zip(active, assignment, strict=True):
+            if factor != UNSPLIT:
+                axes_of_factor[factor] = (*axes_of_factor.get(factor, ()), axis)
+        if all(op.rule.sizes[f] % mesh.size(axes) == 0 for f, axes in axes_of_factor.items()):
+            found.setdefault(tuple(sorted(axes_of_factor.items())), split_of(op, axes_of_factor, mesh))
+    return tuple(found.values())
+
+
+def _worth_splitting(op: Operator, mesh: LogicalMesh) -> list[int]:
+    """One factor for each role (left, right, contracted, …), two for batch dims of a product.
+
+    Factors of one role cost the same however they are split, so the first that divides stands for all; where the
+    first does not divide over the whole mesh, the next is offered too.
+    """
+    roles: dict[tuple[object, ...], list[int]] = {}
+    for factor in range(len(op.rule.sizes)):
+        where_in = tuple(i for i, dims in enumerate(op.rule.operands) if factor in dims)
+        where_out = tuple(i for i, dims in enumerate(op.rule.results) if factor in dims)
+        roles.setdefault((where_in, where_out, factor in op.rule.contracted), []).append(factor)
+    active = [size for size in mesh.sizes if size > 1]
+    chosen: list[int] = []
+    for (where_in, where_out, _), factors in roles.items():
+        wanted = 2 if op.heavy and len(where_in) == 2 and where_out else 1  # type: ignore[arg-type]
+        for factor in factors:
+            if any(op.rule.sizes[factor] % size == 0 for size in active):
+                chosen.append(factor)
+                if op.rule.sizes[factor] % mesh.devices == 0:
+                    wanted -= 1
+            if wanted == 0:
+                break
+    return chosen
+
+
+def _sample_dims(graph: LayerGraph) -> dict[int, int]:
+    """Value -> the dim that counts samples, followed from the batch and the boundaries (dim 0 there)."""
+    known = {v: 0 for v in (*graph.batch, *graph.entries, *graph.exit_cotangents) if v >= 0 and graph.tensors[v].shape}
+    for op in graph.operators:
+        factors = {dims[known[v]] for v, dims in zip(op.inputs, op.rule.operands, strict=True) if v in known}
+        for out, dims in zip(op.outputs, op.rule.results, strict=True):
+            found = [d for d, factor in enumerate(dims) if factor != UNSPLIT and factor in factors]
+            if found:
+                known[out] = found[0]
+    return known
+
+
+class _Builder:
+    def __init__(
+        self, graph: LayerGraph, mesh: LogicalMesh, memory: Memory, layouts: tuple[Axes, ...], roles: tuple[str, ...]
+    ) -> None:
+        self.graph, self.mesh, self.memory, self.roles = graph, mesh, memory, roles
+        self.space = Space(graph, mesh, layouts)
+        self.sample_dims = _sample_dims(graph) if roles else {}
+        self.producer = graph.producer()
+        self.pending = {*graph.parameters, *graph.batch}  # no home yet: the first reader decides
+        self.free: set[int] = set()  # constants: any spec at no cost
+        self._reshard: dict[tuple[Tensor, Spec, Spec], float] = {}
+
+    # -- nodes and edges ------------------------------------------------------------------------------------------
+
+    def _new_node(self, strategies: int) -> int:
+        self.space.node_costs.append(np.zeros((len(COMPONENTS), strategies)))
+        return len(self.space.node_costs) - 1
+
+    def _add_edge(self, component: int, home: Home, node: int, wanted: Sequence[Spec], tensor: Tensor) -> None:
+        """Charge resharding from a value's home to the specs that each strategy of ``node`` wants."""
+        here = list(dict.fromkeys(home.specs))
+        there = list(dict.fromkeys(wanted))
+        if here == there and len(here) == 1:
+            return
+        small = np.array([[self._reshard_seconds(tensor, a, b) for b in there] for a in here])
+        if not small.any():
+            return
+        rows = np.array([here.index(s) for s in home.specs])
+        columns = np.array([there.index(s) for s in wanted])
+        if home.node == node:
+            self.space.node_costs[node][component] += small[rows, columns]
+            return
+        full = small[np.ix_(rows, columns)]
+        key = (home.node, node) if home.node < node else (node, home.node)
+        if key not in self.space.edge_costs:
+            shape = tuple(self.space.node_costs[n].shape[1] for n in key)
+            self.space.edge_costs[key] = np.zeros((len(COMPONENTS), *shape))
+        self.space.edge_costs[key][component] += full if key[0] == home.node else full.T
+
+    def _reshard_seconds(self, tensor: Tensor, before: Spec, after: Spec) -> float:
+        key = (tensor, before, after)
+        if key not in self._reshard:
+            self._reshard[key] = reshard_seconds(tensor, before, after, self.mesh)
+        return self._reshard[key]
+
+    def _demand(self, value: int, node: int, wanted: tuple[Spec, ...], component: int) -> None:
+        """A reader in ``node`` wants ``value`` so: settle its home if it has none, else charge the change."""
+        if value in self.free:
+            return
+        if value in self.space.homes:
+            self._add_edge(component, self.space.homes[value], node, wanted, self.graph.tensors[value])
+            return
+        self.pending.discard(value)
+        self.space.homes[value] = Home(node, wanted)
+        maker = self.producer.get(value)
+        if maker is None:
+            return
+        # A cast or a reshape of a parameter: its operand follows backwards.
+        op = self.graph.operators[maker]
+        splits = tuple(self._split_from(op, op.rule.results[0], spec) for spec in wanted)
+        self._settle(maker, node, splits)
+        for position, operand in enumerate(op.inputs):
+            self._demand(operand, node, tuple(s.operands[position] for s in splits), component)
+
+    def _split_from(self, op: Operator, dims: Sequence[int], spec: Spec) -> OperatorSplit:
+        """The split that a neighbour's spec implies; axes that the operator cannot keep are dropped."""
+        axes_of_factor: dict[int, Axes] = {}
+        for factor, axes in zip(dims, spec, strict=True):
+            if factor == UNSPLIT or not axes or factor in axes_of_factor:
+                continue
+            if op.rule.sizes[factor] % self.mesh.size(axes) == 0:
+                axes_of_factor[factor] = axes
+        return split_of(op, axes_of_factor, self.mesh)
+
+    def _settle(self, index: int, node: int, splits: tuple[OperatorSplit, ...]) -> None:
+        """Operator ``index`` belongs to ``node``: note how it runs and give its results their home."""
+        self.space.splits[index] = splits
+        self.space.node_of_operator[index] = node
+        for position, out in enumerate(self.graph.operators[index].outputs):
+            self.pending.discard(out)
+            self.space.homes[out] = Home(node, tuple(s.results[position] for s in splits))
+
+    # -- the walk -------------------------------------------------------------------------------------------------
+
+    def build(self) -> Space:
+        graph, space = self.graph, self.space
+        space.splits = [() for _ in graph.operators]
+        space.node_of_operator = [-1] * len(graph.operators)
+        self._boundaries()
+        for index, op in enumerate(graph.operators):
+            self._place(index, op)
+        self._close()
+        self._price_operators()
+        return space
+
+    def _boundaries(self) -> None:
+        graph, space = self.graph, self.space
+
+        def home_all(node: int, values: Sequence[int]) -> None:
+            for value in values:
+                if value >= 0:
+                    specs = tuple(boundary_spec(graph.tensors[value], layout, self.mesh) for layout in space.layouts)
+                    space.homes[value] = Home(node, specs)
+
+        if graph.entries:
+            space.entry_node = self._new_node(len(space.layouts))
+            home_all(space.entry_node, graph.entries)
+        space.exit_node = self._new_node(len(space.layouts))
+        home_all(space.exit_node, graph.exit_cotangents)
+
+    def _place(self, index: int, op: Operator) -> None:
+        component = FM if op.phase == "forward" else BM
+        settled = [v for v in op.inputs if v in self.space.homes]
+        if not settled:
+            if all(v in self.free for v in op.inputs) and not op.heavy:
+                self.free.update(op.outputs)
+                return
+            from_batch = self._reads_batch(op)
+            if not op.heavy and not from_batch:
+                self.pending.update(op.outputs)  # a function of parameters alone: its reader will decide
+                return
+        if op.heavy or not settled:
+            rows = zip(op.inputs, op.rule.operands, strict=True)
+            samples = frozenset(dims[self.sample_dims[v]] for v, dims in rows if v in self.sample_dims) - {UNSPLIT}
+            splits = enumerate_splits(op, self.mesh, self.roles, samples)
+            node = self._new_node(len(splits))
+        else:
+            leader = max(settled, key=lambda v: (self.graph.tensors[v].elements, self.producer.get(v, -1)))
+            home = self.space.homes[leader]
+            node = home.node
+            dims = op.rule.operands[op.inputs.index(leader)]
+            implied = {spec: self._split_from(op, dims, spec) for spec in dict.fromkeys(home.specs)}
+            splits = tuple(implied[spec] for spec in home.specs)
+        self._settle(index, node, splits)
+        for position, operand in enumerate(op.inputs):
+            self._demand(operand, node, tuple(s.operands[position] for s in splits), component)
+
+    def _reads_batch(self, op: Operator) -> bool:
+        stack, seen = list(op.inputs), set()
+        while stack:
+            value = stack.pop()
+            if value in self.graph.batch:
+                return True
+            if value not in seen and value in self.producer:
+                seen.add(value)
+                stack.extend(self.graph.operators[self.producer[value]].inputs)
+        return False
+
+    def _close(self) -> None:
+        """Tie the layer's results to its boundaries and gradients to their parameters, and find sums that may wait."""
+        graph, space = self.graph, self.space
+        for value in [*graph.parameters, *graph.batch, *self.pending]:
+            if value not in space.homes and value not in self.free:
+                node = self._new_node(1)
+                space.homes[value] = Home(node, (replicated(graph.tensors[value]),))
+        if graph.entries:
+            for value in graph.entry_cotangents:
+                if value >= 0:
+                    self._return(value, space.entry_node, BM)
+        for value in graph.exits:
+            self._return(value, space.exit_node, FM)
+        readers: dict[int, list[int]] = {}
+        for index, op in enumerate(graph.operators):
+            for operand in op.inputs:
+                readers.setdefault(operand, []).append(index)
+        for parameter, gradient in zip(graph.parameters, graph.gradients, strict=True):
+            if gradient < 0:
+                continue
+            self._find_partial(gradient, readers)
+            if gradient in space.homes:
+                home = space.homes[parameter]
+                self._add_edge(OM, space.homes[gradient], home.node, home.specs, graph.tensors[gradient])
+
+    def _return(self, value: int, node: int, component: int) -> None:
+        wanted = tuple(boundary_spec(self.graph.tensors[value], layout, self.mesh) for layout in self.space.layouts)
+        if value in self.space.homes:
+            self._add_edge(component, self.space.homes[value], node, wanted, self.graph.tensors[value])
+
+    def _find_partial(self, gradient: int, readers: Mapping[int, list[int]]) -> None:
+        """Mark the chain from a contraction to a gradient: its sum over devices may wait until the iteration's end."""
+        chain: list[int] = []
+        value = gradient
+        while True:
+            maker = self.producer.get(value)
+            if maker is None or len(readers.get(value, ())) != (0 if value == gradient else 1):
+                return
+            op = self.graph.operators[maker]
+            chain.append(value)
+            if op.rule.contracted:
+                if op.rule.linear and len(op.outputs) == 1:
+                    self.space.partial.update(dict.fromkeys(chain, maker))
+                return
+            if op.primitive not in _LINEAR_VIEWS or len(op.inputs) != 1:
+                return
+            value = op.inputs[0]
+
+    # -- prices ---------------------------------------------------------------------------------------------------
+
+    def _price_operators(self) -> None:
+        graph, space, mesh = self.graph, self.space, self.mesh
+        moved = traffic(graph)
+        waiting = set(space.partial.values())
+        for index, op in enumerate(graph.operators):
+            node = space.node_of_operator[index]
+            if node < 0:
+                continue
+            compute, communicate = (FC, FM) if op.phase == "forward" else (BC, BM)
+            priced: dict[OperatorSplit, tuple[float, float]] = {}
+            for strategy, split in enumerate(space.splits[index]):
+                if split not in priced:
+                    sums = sum(
+                        mesh.all_reduce_seconds(local_bytes(graph.tensors[v], spec, mesh), split.contracted)
+                        for v, spec in zip(op.outputs, split.results, strict=True)
+                    )
+                    priced[split] = (self._compute_seconds(op, moved[index], split), sums)
+                seconds, sums = priced[split]
+                space.node_costs[node][compute, strategy] += seconds
+                space.node_costs[node][OM if index in waiting else communicate, strategy] += sums
+        self._price_memory()
+
+    def _compute_seconds(self, op: Operator, moved: Traffic, split: OperatorSplit) -> float:
+        tensors, mesh = self.graph.tensors, self.mesh
+        specs = {**dict(zip(op.inputs, split.operands, strict=True)), **dict(zip(op.outputs, split.results, strict=True))}
+        touched = sum(local_bytes(tensors[v], specs[v], mesh) for v in (*moved.reads, *moved.writes))
+        dtype = tensors[op.inputs[0]].dtype if op.inputs else tensors[op.outputs[0]].dtype
+        flops = op.flops / split.shards if op.heavy else 0.0
+        if not op.heavy and not moved.launches and not touched:
+            return 0.0
+        return op_seconds(mesh.device, op.kind, flops, touched, dtype, moved.launches)
+
+    def _price_memory(self) -> None:
+        graph, space, mesh = self.graph, self.space, self.mesh
+
+        def charge(component: int, value: int, scale: float) -> None:
+            home = space.homes.get(value)
+            if home is not None:
+                per_spec = {s: local_bytes(graph.tensors[value], s, mesh) * scale for s in dict.fromkeys(home.specs)}
+                space.node_costs[home.node][component] += np.array([per_spec[s] for s in home.specs])
+
+        for value in (*graph.residuals, *graph.kept_entries):
+            charge(SAVED, value, 1.0)
+        for parameter, gradient in zip(graph.parameters, graph.gradients, strict=True):
+            item = graph.tensors[parameter].bytes / max(graph.tensors[parameter].elements, 1)
+            if gradient < 0:
+                charge(STATIC, parameter, 1.0)
+                continue
+            charge(STATIC, parameter, 1.0 + self.memory.optimizer_bytes / item)
+            charge(STATIC, gradient, 1.0)
+            seconds_per_byte = 1.0 / mesh.device.memory_bytes_per_second.value
+            charge(OC, parameter, self.memory.update_bytes / item * seconds_per_byte)

@@ -1,0 +1,284 @@
+"""Every possible stage priced: layers i..j-1 on a kind of submesh, for each entry and exit layout.
+
+A stage is a chain of layers that meet at boundary layouts, so its table is the min-plus product of its layers' tables
+(``meshwright.plan.intra``), and equal layers share one table.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from meshwright.calibrate.hardware import Cluster, Link
+from meshwright.plan.graph import ModelGraph, Tensor
+from meshwright.plan.inter import StageTable
+from meshwright.plan.intra import LayerTable, Weights, solve_layer
+from meshwright.plan.sharding import Axes, LogicalMesh, boundary_layouts, boundary_spec, shards
+from meshwright.plan.space import BC, BM, COMPONENTS, FC, FM, OC, OM, SAVED, STATIC, FloatArray, Memory, build_space
+from meshwright.simulate.topology import SubMesh, axis_link
+
+
+@dataclass(frozen=True)
+class MeshKind:
+    """A kind of submesh a stage may run on: a logical mesh, what its axes may split, and the price put on memory."""
+
+    mesh: LogicalMesh
+    roles: tuple[str, ...] = ()  # per axis "data", "tensor" or "any"; empty: any
+    seconds_per_byte: float = 0.0
+
+    @cached_property
+    def layouts(self) -> tuple[Axes, ...]:
+        """Boundary layouts that the roles allow."""
+        fixed = [a for a, role in enumerate(self.roles) if role == "data" and self.mesh.sizes[a] > 1]
+        barred = {a for a, role in enumerate(self.roles) if role == "tensor"}
+        every = boundary_layouts(self.mesh)
+        return tuple(x for x in every if set(fixed) <= set(x) and not barred & set(x))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an outer-loop candidate fixes before stages are priced."""
+
+    graph: ModelGraph
+    microbatches: int
+    remat: bool
+    memory: Memory
+    compute_slowdown: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """One stage in full: seconds of one micro-batch, bytes of one device."""
+
+    forward_compute_seconds: float
+    forward_communication_seconds: float
+    backward_compute_seconds: float
+    backward_communication_seconds: float
+    once_compute_seconds: float
+    once_communication_seconds: float
+    static_bytes: float
+    saved_bytes: float
+    transient_bytes: float
+    layouts: tuple[int, ...]  # boundary layout before each layer and after the last: one more than layers
+    choices: tuple[tuple[int, ...], ...]  # per layer: strategy of each node
+    tables: tuple[LayerTable, ...]
+
+
+@dataclass
+class StagePricer:
+    """Prices stages of one ``Setting`` on a list of mesh kinds."""
+
+    setting: Setting
+    kinds: tuple[MeshKind, ...]
+    use_ilp: bool = False
+    tables: dict[tuple[int, int], LayerTable] = field(default_factory=dict)
+    ilp_solves: int = 0
+
+    def layer_table(self, layer_class: int, kind: int) -> LayerTable:
+        key = (layer_class, kind)
+        if key not in self.tables:
+            mesh_kind = self.kinds[kind]
+            graph = self.setting.graph.classes[layer_class]
+            space = build_space(graph, mesh_kind.mesh, self.setting.memory, mesh_kind.layouts, mesh_kind.roles)
+            self.tables[key] = solve_layer(space, self._weights(mesh_kind), self.use_ilp)
+            self.ilp_solves += self.tables[key].ilp_solves
+        return self.tables[key]
+
+    def _weights(self, kind: MeshKind) -> Weights:
+        s = self.setting
+        live = min(s.microbatches, 4)
+        return Weights(s.microbatches, s.remat, s.compute_slowdown, live, kind.seconds_per_byte)
+
+    def stage_table(self, cluster: Cluster, max_layers: Sequence[int] | None = None) -> StageTable:
+        """The input of the stage DP: all (i, j) on all kinds."""
+        graph, kinds = self.setting.graph, self.kinds
+        count, width = len(graph.layers), max(len(k.layouts) for k in kinds)
+        shape = (count, count + 1, len(kinds), width, width)
+        seconds = np.full(shape, np.inf)
+        once, static, saved, transient = (np.zeros(shape) for _ in range(4))
+        for k, kind in enumerate(kinds):
+            a = len(kind.layouts)
+            for first in range(count):
+                chain = _Chain(self, k)
+                for last in range(first + 1, count + 1):
+                    chain.extend(graph.layers[last - 1].layer_class)
+                    place = (first, last, k, slice(0, a), slice(0, a))
+                    seconds[place], once[place] = self._seconds(chain.costs, kind.mesh)
+                    static[place], saved[place] = chain.costs[STATIC], chain.saved
+                    transient[place] = chain.transient
+        return StageTable(
+            seconds=seconds,
+            once_seconds=once,
+            static_bytes=static,
+            saved_bytes=saved,
+            transient_bytes=transient,
+            hop_seconds=self._hops(cluster, width),
+            devices=np.array([k.mesh.devices for k in kinds], dtype=np.int64),
+            memory_bytes=min(host.device.memory_bytes.value for host in cluster.hosts),
+            devices_per_host=cluster.devices_per_host,
+            total_devices=cluster.devices,
+        )
+
+    def _seconds(self, costs: FloatArray, mesh: LogicalMesh) -> tuple[FloatArray, FloatArray]:
+        slow = self.setting.compute_slowdown
+        forward = slow * costs[FC] + costs[FM]
+        backward = slow * costs[BC] + costs[BM] + (forward if self.setting.remat else 0.0)
+        return forward + backward + 2 * mesh.device.dispatch_seconds.value, slow * costs[OC] + costs[OM]
+
+    def cost(self, first: int, last: int, kind: int, entry: int, leave: int) -> StageCost:
+        """One stage in full, with the layouts inside it and the strategies of its layers."""
+        chain = _Chain(self, kind)
+        for layer in range(first, last):
+            chain.extend(self.setting.graph.layers[layer].layer_class)
+        layouts = chain.backtrack(entry, leave)
+        tables = tuple(self.layer_table(self.setting.graph.layers[x].layer_class, kind) for x in range(first, last))
+        costs = chain.costs[:, entry, leave]
+        again = (costs[FC], costs[FM]) if self.setting.remat else (0.0, 0.0)
+        return StageCost(
+            forward_compute_seconds=float(costs[FC]),
+            forward_communication_seconds=float(costs[FM]),
+            backward_compute_seconds=float(costs[BC] + again[0]),
+            backward_communication_seconds=float(costs[BM] + again[1]),
+            once_compute_seconds=float(costs[OC]),
+            once_communication_seconds=float(costs[OM]),
+            static_bytes=float(costs[STATIC]),
+            saved_bytes=float(chain.saved[entry, leave]),
+            transient_bytes=float(chain.transient[entry, leave]),
+            layouts=layouts,
+            choices=tuple(t.choice(a, b) for t, a, b in zip(tables, layouts[:-1], layouts[1:], strict=True)),
+            tables=tables,
+        )
+
+    def crossing(self, cut: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Values that cross a cut forward, and those whose cotangent crosses it backward."""
+        graph = self.setting.graph
+        made = {v for use in graph.layers[:cut] for v in use.exits}
+        forward, backward = [], []
+        for value in sorted({v for use in graph.layers[cut:] for v in use.entries} & made):
+            forward.append(graph.values[value])
+            readers = [
+                graph.classes[use.layer_class].entry_cotangents[use.entries.index(value)]
+                for use in graph.layers[cut:]
+                if value in use.entries
+            ]
+            if any(r >= 0 for r in readers):
+                backward.append(graph.values[value])
+        return forward, backward
+
+    def _hops(self, cluster: Cluster, width: int) -> FloatArray:
+        kinds, count = self.kinds, len(self.setting.graph.layers)
+        hops = np.zeros((count + 1, 2, len(kinds), width, len(kinds), width))
+        inside = cluster.hosts[0].link
+        known: dict[tuple[tuple[Tensor, ...], tuple[Tensor, ...]], FloatArray] = {}
+        for cut in range(1, count):
+            forward, backward = self.crossing(cut)
+            key = (tuple(forward), tuple(backward))
+            if key not in known:
+                block = np.zeros(hops.shape[1:])
+                for m, left in enumerate(kinds):
+                    for n, right in enumerate(kinds):
+                        for a, out in enumerate(left.layouts):
+                            for b, into in enumerate(right.layouts):
+                                for crosses, link in enumerate((inside, cluster.inter_host)):
+                                    there = transfer_cost(forward, left.mesh, right.mesh, into, link)
+                                    back = transfer_cost(backward, right.mesh, left.mesh, out, link)
+                                    block[crosses, m, a, n, b] = sum(there) + sum(back)
+                known[key] = block
+            hops[cut] = known[key]
+        return hops
+
+
+def transfer_cost(
+    tensors: Sequence[Tensor], source: LogicalMesh, target: LogicalMesh, layout: Axes, link: Link
+) -> tuple[float, float]:
+    """(seconds on the wire, latency) of moving values from one mesh to another, where they arrive in ``layout``.
+
+    Every target device is sent its own part; the senders share the work. The slowest of sender, receiver and, between
+    hosts, the host's network card decides.
+    """
+    if not tensors:
+        return 0.0, 0.0
+    per_target = sum(t.bytes / shards(boundary_spec(t, layout, target), target) for t in tensors)
+    total = per_target * target.devices
+    busiest = max(per_target, total / source.devices)
+    seconds = busiest / link.bytes_per_second.value
+    if link.host_bytes_per_second is not None:
+        seconds = max(seconds, total / link.host_bytes_per_second.value)
+    return seconds, link.latency_seconds.value
+
+
+class _Chain:
+    """Layers joined one by one; ``costs``, ``saved`` and ``transient`` are those of the best inner layouts."""
+
+    def __init__(self, pricer: StagePricer, kind: int) -> None:
+        self.pricer, self.kind = pricer, kind
+        self.objective: FloatArray | None = None
+        self.costs: FloatArray = np.zeros(0)
+        self.saved: FloatArray = np.zeros(0)
+        self.transient: FloatArray = np.zeros(0)
+        self.joints: list[np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = []
+
+    def extend(self, layer_class: int) -> None:
+        table = self.pricer.layer_table(layer_class, self.kind)
+        remat = self.pricer.setting.remat
+        entry_bytes = _entry_bytes(table)[:, None] + np.zeros_like(table.objective)
+        saved = entry_bytes if remat else table.costs[SAVED]
+        transient = table.transient_bytes + (table.costs[SAVED] if remat else 0.0)
+        if self.objective is None:
+            self.objective, self.costs = table.objective, table.costs
+            self.saved, self.transient = saved, transient
+            return
+        total = self.objective[:, :, None] + table.objective[None, :, :]  # (entry, between, exit)
+        best = total.argmin(axis=1)
+        rows = np.arange(best.shape[0])[:, None]
+        columns = np.arange(best.shape[1])[None, :]
+        self.joints.append(best)
+        self.objective = np.take_along_axis(total, best[:, None, :], axis=1)[:, 0, :]
+        self.costs = self.costs[:, rows, best] + table.costs[:, best, columns]
+        self.saved = self.saved[rows, best] + saved[best, columns]
+        self.transient = np.maximum(self.transient[rows, best], transient[best, columns])
+
+    def backtrack(self, entry: int, leave: int) -> tuple[int, ...]:
+        layouts = [leave]
+        for best in reversed(self.joints):
+            layouts.append(int(best[entry, layouts[-1]]))
+        return (entry, *layouts[::-1])
+
+
+def _entry_bytes(table: LayerTable) -> FloatArray:
+    """Bytes of a layer's entries on one device, for each entry layout."""
+    space = table.space
+    tensors = [space.graph.tensors[v] for v in space.graph.entries]
+    return np.array(
+        [
+            sum(t.bytes / shards(boundary_spec(t, layout, space.mesh), space.mesh) for t in tensors)
+            for layout in space.layouts
+        ],
+        dtype=float,
+    )
+
+
+def mesh_kinds(cluster: Cluster) -> tuple[MeshKind, ...]:
+    """All submeshes worth trying: parts of a host and whole hosts, each as a line and as every two-dimensional box.
+
+    Inside a host all links are alike, so (2, 4) and (4, 2) are the same box.
+    """
+    per_host, hosts = cluster.devices_per_host, cluster.devices // cluster.devices_per_host
+    counts = [n for n in range(1, per_host + 1) if n == per_host or (n & (n - 1) == 0) or per_host <= 4]
+    counts += [per_host * h for h in range(2, hosts + 1) if h == hosts or (h & (h - 1) == 0)]
+    shapes: list[tuple[int, ...]] = []
+    for n in counts:
+        shapes.append((n,))
+        if n <= per_host:
+            shapes += [(a, n // a) for a in range(2, n) if n % a == 0 and a <= n // a]
+        else:
+            shapes += [(n // t, t) for t in range(2, per_host + 1) if per_host % t == 0]
+    return tuple(MeshKind(logical_mesh(cluster, shape)) for shape in dict.fromkeys(shapes))
+
+
+def logical_mesh(cluster: Cluster, sizes: tuple[int, ...], first_device: int = 0) -> LogicalMesh:
+    """A box of neighbouring devices from ``first_device`` on, with the links that its axes run over."""
+    submesh = SubMesh(first_device, int(np.prod(sizes)))
+    links = tuple(axis_link(cluster, submesh, sizes, axis) for axis in range(len(sizes)))
+    return LogicalMesh(sizes, links, cluster.device(first_device))
