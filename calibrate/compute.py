@@ -11,31 +11,26 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 
 from meshwright.calibrate.quantity import short_dtype
-from meshwright.calibrate.timing import Timing, sample, sample_within, timing
+from meshwright.calibrate.timing import (
+    DISPATCH,
+    LAUNCH,
+    MATMUL,
+    MEMORY,
+    ComputeTimings,
+    Timing,
+    sample,
+    sample_within,
+    timing,
+)
 
 CHAIN = 64  # operations in one program, long enough that their launches outweigh the one dispatch
 MATMUL_SIZES = (128, 256, 512, 1024, 2048, 4096, 8192)
 MEMORY_BYTES = (1 << 16, 1 << 20, 1 << 23, 1 << 25, 1 << 27, 1 << 28, 1 << 30)
 FLOAT32 = jnp.dtype(jnp.float32)
 DTYPES = (FLOAT32, jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-DISPATCH, LAUNCH, MEMORY = "dispatch", "launch", "memory"
-
-
-class ComputeTimings(msgspec.Struct, frozen=True, kw_only=True):
-    """All that was measured on one device, and what the device says of itself."""
-
-    device_kind: str
-    platform: str
-    devices: int
-    cores: int
-    memory_bytes: int
-    jax_version: str
-    xla_flags: str
-    timings: tuple[Timing, ...]
 
 
 def measure_compute(budget_seconds: float, progress: Callable[[float, str], None]) -> ComputeTimings:
@@ -74,7 +69,7 @@ def measure_compute(budget_seconds: float, progress: Callable[[float, str], None
 
 
 def random_array(shape: tuple[int, ...], dtype: jnp.dtype = FLOAT32, seed: int = 0) -> jax.Array:
-    """Normal numbers on the device, drawn by NumPy: a generator compiled for each shape would cost more than the test."""
+    """Normal numbers on the device, drawn by NumPy: a generator compiled for each shape costs more than the test."""
     return jax.device_put(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype))
 
 
@@ -92,7 +87,7 @@ def _cases() -> Iterator[tuple[str, str, Callable[[float], Timing]]]:
     for step in range(max(len(MATMUL_SIZES), len(MEMORY_BYTES))):
         for dtype in DTYPES:
             if step < len(MATMUL_SIZES):
-                family, size = f"matmul {short_dtype(dtype.name)}", MATMUL_SIZES[step]
+                family, size = MATMUL + short_dtype(dtype.name), MATMUL_SIZES[step]
                 yield family, f"{size}³", _matmul_timer(family, size, dtype)
         if step < len(MEMORY_BYTES):
             nbytes = MEMORY_BYTES[step]
@@ -164,7 +159,7 @@ def _time_launch(seconds: float) -> Timing:
 
 
 def busy_matmul_seconds(seconds: float, size: int = 256) -> list[float]:
-    """Times of one matmul repeated until ``seconds`` are over: the probe of how ranks that share cores slow each other."""
+    """Times of one matmul, repeated until ``seconds`` are over: how ranks that share cores slow each other."""
     call = matmul_call(size, FLOAT32)
     call()
     end = time.perf_counter() + seconds

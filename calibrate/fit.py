@@ -5,6 +5,7 @@ Matmuls (FLOPs), memory-bound kernels (bytes) and messages (bytes) all follow th
 (R. W. Hockney, Parallel Computing 20 (1994) 389-398).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +13,11 @@ from numpy.typing import ArrayLike
 from scipy.optimize import least_squares
 
 from meshwright.calibrate.quantity import Quantity
+from meshwright.calibrate.timing import Timing
 
 OUTLIER_LOG_ERROR = 0.1  # residuals beyond about 10 % count linearly, not squared: a busy machine has outliers
 SMALLEST_SECONDS = 1e-9  # below the clock's resolution, so that the logarithm of a vanishing fixed part exists
+GREATEST_RATE_RATIO = 10.0  # a fitted rate is at most this many times the best mean rate of any size
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,8 @@ def fit_rate(amounts: ArrayLike, seconds: ArrayLike, source: str) -> RateFit:
 
     order = np.argsort(x)
     start = np.log([max(y[order[0]], SMALLEST_SECONDS), y[order[-1]] / x[order[-1]]])
-    lower = np.array([np.log(SMALLEST_SECONDS), -np.inf])
+    # Noise can make a large size as quick as a small one: the rate stays within reach of those that were seen.
+    lower = np.log([SMALLEST_SECONDS, np.min(y / x) / GREATEST_RATE_RATIO])
     found = least_squares(
         log_error, np.maximum(start, lower), bounds=(lower, np.inf), loss="soft_l1", f_scale=OUTLIER_LOG_ERROR
     )
@@ -84,10 +88,27 @@ def fit_rate(amounts: ArrayLike, seconds: ArrayLike, source: str) -> RateFit:
     )
 
 
-def median_quantity(samples: ArrayLike, source: str) -> Quantity:
-    """The median of repeated measurements, with the quartiles as its range."""
-    low, middle, high = (float(q) for q in np.quantile(np.asarray(samples, dtype=float), [0.25, 0.5, 0.75]))
-    return Quantity(middle, f"{source}; median of {np.size(samples)}, range is the quartiles", low, high)
+def fit_timings(timings: Sequence[Timing], source: str) -> RateFit:
+    """Fit the medians; the ranges also cover the fits of the lower and of the upper quartiles.
+
+    So two sizes alone, which any line meets exactly, still tell how sure they are.
+    """
+    amounts = [timing.amount for timing in timings]
+    middle = fit_rate(amounts, [timing.seconds for timing in timings], source)
+    quick = fit_rate(amounts, [timing.low_seconds for timing in timings], source)
+    slow = fit_rate(amounts, [timing.high_seconds for timing in timings], source)
+    return RateFit(
+        fixed_seconds=_cover(middle.fixed_seconds, quick.fixed_seconds, slow.fixed_seconds),
+        amount_per_second=_cover(middle.amount_per_second, quick.amount_per_second, slow.amount_per_second),
+        residual=middle.residual,
+    )
+
+
+def _cover(middle: Quantity, *others: Quantity) -> Quantity:
+    values = [other.value for other in others]
+    low = middle.value if middle.low is None else middle.low
+    high = middle.value if middle.high is None else middle.high
+    return Quantity(middle.value, middle.source, min(low, *values), max(high, *values))
 
 
 def _standard_errors(jacobian: np.ndarray, residuals: np.ndarray) -> np.ndarray:

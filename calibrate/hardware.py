@@ -67,7 +67,8 @@ class Device(Record, frozen=True, kw_only=True):
         need_positive("matmul_efficiency", self.matmul_efficiency)
         if self.matmul_efficiency.value > 1:
             raise ClusterError(
-                f"matmul_efficiency.value is {self.matmul_efficiency.value:g}; a fraction of the peak, at most 1, is needed"
+                f"matmul_efficiency.value is {self.matmul_efficiency.value:g}; "
+                "a fraction of the peak, at most 1, is needed"
             )
         need_positive("memory_bytes_per_second", self.memory_bytes_per_second)
         need_not_negative("launch_seconds", self.launch_seconds)

@@ -10,27 +10,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
-import msgspec
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mpi4py import MPI
 
 from meshwright.calibrate.compute import busy_matmul_seconds, random_array
-from meshwright.calibrate.timing import Timing, repeats_within, sample, timing
+from meshwright.calibrate.timing import P2P, NetworkTimings, Timing, repeats_within, sample, timing
 
-P2P = "p2p"
 LINE_SIZES_BYTES = (1 << 16, 1 << 22)  # two sizes make a line: every kind gets these first
 MORE_SIZES_BYTES = (1 << 19, 1 << 13, 1 << 24)
 NAP_SECONDS = 0.001
-
-
-class NetworkTimings(msgspec.Struct, frozen=True, kw_only=True):
-    """All that was measured between the ranks of one machine."""
-
-    ranks: int
-    alone_seconds: tuple[float, ...]  # one matmul, while the other ranks sleep
-    busy_seconds: tuple[float, ...]  # the same matmul with all ranks at it
-    timings: tuple[Timing, ...]
 
 
 def start_jax(comm: MPI.Comm) -> None:
@@ -75,13 +64,12 @@ def measure_network(
         progress(done, f"{family} {nbytes >> 10} KiB, {ranks} ranks")
         if comm.rank < ranks:
             measure = _ping_pong if family == P2P else partial(_collective, kind=family)
-            timings.append(timing(family, float(nbytes), measure(groups[ranks], nbytes=nbytes, seconds=each_seconds), ranks))
+            samples = measure(groups[ranks], nbytes=nbytes, seconds=each_seconds)
+            timings.append(timing(family, float(nbytes), samples, ranks))
         wait_for_all(comm)
     if comm.rank != 0:
         return None
-    return NetworkTimings(
-        ranks=comm.size, alone_seconds=tuple(alone), busy_seconds=tuple(busy), timings=tuple(timings)
-    )
+    return NetworkTimings(ranks=comm.size, alone_seconds=tuple(alone), busy_seconds=tuple(busy), timings=tuple(timings))
 
 
 def wait_for_all(comm: MPI.Comm) -> None:

@@ -1,10 +1,13 @@
-"""Timings as data, and how one is taken: warm first, repeat, keep the median and the spread."""
+"""Timings as data, and how one is taken: warm first, repeat, keep the median and the spread. Free of JAX and MPI."""
 
 import time
 from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
+
+# Families of timings, each of which is fitted by itself; a collective's family is its kind.
+DISPATCH, LAUNCH, MEMORY, MATMUL, P2P = "dispatch", "launch", "memory", "matmul ", "p2p"
 
 MOST_REPEATS = 200
 FEWEST_REPEATS = 5
@@ -23,6 +26,28 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     high_seconds: float
     repeats: int
     ranks: int = 1
+
+
+class ComputeTimings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that was measured on one device, and what the machine says of itself."""
+
+    device_kind: str
+    platform: str
+    devices: int
+    cores: int
+    memory_bytes: int
+    jax_version: str
+    xla_flags: str
+    timings: tuple[Timing, ...]
+
+
+class NetworkTimings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that was measured between the ranks of one machine."""
+
+    ranks: int
+    alone_seconds: tuple[float, ...]  # one matmul, while the other ranks sleep
+    busy_seconds: tuple[float, ...]  # the same matmul with all ranks at it
+    timings: tuple[Timing, ...]
 
 
 def timing(family: str, amount: float, samples: Sequence[float], ranks: int = 1) -> Timing:

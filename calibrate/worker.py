@@ -51,9 +51,7 @@ def _network(deadline: float, progress: Callable[[float, str], None], finish: Ca
     comm = MPI.COMM_WORLD
     start_jax(comm)
     quiet = comm.rank != 0
-    result = measure_network(
-        comm, max(1.0, deadline - time.time()), (lambda done, text: None) if quiet else progress
-    )
+    result = measure_network(comm, max(1.0, deadline - time.time()), (lambda done, text: None) if quiet else progress)
     if not quiet:
         finish(result)
     jax.distributed.shutdown()

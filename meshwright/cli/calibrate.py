@@ -1,0 +1,134 @@
+"""``meshwright calibrate``: measure this machine and write its cluster file."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from meshwright.calibrate.hardware import cluster_to_data, save_cluster
+from meshwright.errors import ClusterError
+
+DEFAULT_OUT = "machine.json"
+DEFAULT_BUDGET_SECONDS = 120.0
+SMALLEST_BUDGET_SECONDS = 5.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``calibrate``."""
+    parser.add_argument("--out", "-o", default=DEFAULT_OUT, metavar="FILE", help="cluster file (default: %(default)s)")
+    parser.add_argument(
+        "--budget", type=seconds, default=DEFAULT_BUDGET_SECONDS, metavar="TIME", help="30s, 2m; default 120s"
+    )
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="MPI ranks for the links (default: one a core, at least 2; 1: no links)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the file, print the residuals; under ``mpiexec``, rank 0 does it for as many ranks."""
+    from meshwright.calibrate.session import calibrate_machine
+
+    rank, size = mpi_place(os.environ)
+    if rank != 0:
+        return 0
+    cores = len(os.sched_getaffinity(0))
+    ranks = args.ranks if args.ranks is not None else size or max(2, cores)
+    if ranks < 1:
+        raise ClusterError(f"--ranks is {ranks}; at least 1 is needed")
+    out = Path(args.out)
+    if not out.absolute().parent.is_dir():
+        raise ClusterError(f"--out {out}: the folder {out.parent} does not exist; make it or choose another")
+    start = time.perf_counter()
+    with progress_display() as progress:
+        calibration = calibrate_machine(args.budget, ranks, progress)
+    save_cluster(calibration.cluster, out)
+    spent_seconds = time.perf_counter() - start
+    rows = [
+        {
+            "family": row.name,
+            "ranks": row.ranks,
+            "fixed_seconds": row.fit.fixed_seconds.value,
+            "amount_per_second": row.fit.amount_per_second.value,
+            "unit": row.unit,
+            "error_median": row.fit.residual.median,
+            "error_p90": row.fit.residual.p90,
+            "points": row.fit.residual.points,
+        }
+        for row in calibration.fits
+    ]
+    if args.json:
+        data = {
+            "out": str(out),
+            "seconds": spent_seconds,
+            "fits": rows,
+            "cluster": cluster_to_data(calibration.cluster),
+        }
+        print(json.dumps(data, allow_nan=False))
+        return 0
+    print(residual_table(rows))
+    slowdown = calibration.cluster.hosts[0].busy_slowdown
+    if slowdown is not None:
+        print(f"{ranks} ranks at once on {cores} cores: each {slowdown.value:.2f} times slower than alone")
+    print(f"wrote {out} after {spent_seconds:.0f} s; plan for it with --cluster {out}")
+    return 0
+
+
+def seconds(text: str) -> float:
+    """``30``, ``30s`` or ``2m`` as seconds; an ``argparse`` type."""
+    factor = {"s": 1.0, "m": 60.0}.get(text[-1:], None)
+    try:
+        value = float(text if factor is None else text[:-1]) * (factor or 1.0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 30s or 2m") from None
+    if not SMALLEST_BUDGET_SECONDS <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range; from {SMALLEST_BUDGET_SECONDS:g}s to one day")
+    return value
+
+
+def mpi_place(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Rank and size of the MPI job that we were started in, (0, 0) outside one; asks the environment, not MPI."""
+    for rank, size in (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
+        if rank in environment and size in environment:
+            return int(environment[rank]), int(environment[size])
+    return 0, 0
+
+
+def residual_table(rows: list[dict[str, Any]]) -> str:
+    """The fits as a plain table: fixed part, rate, and how far the fit is from the measurements."""
+    head = f"{'measured':<16}{'ranks':>6}{'fixed µs':>12}{'rate':>16}{'median err':>12}{'p90 err':>9}{'points':>8}"
+    lines = [
+        f"{row['family']:<16}{row['ranks']:>6}{row['fixed_seconds'] * 1e6:>12.1f}"
+        f"{row['amount_per_second'] / 1e9:>9.2f} G{row['unit']:<6}{row['error_median']:>11.0%}{row['error_p90']:>9.0%}"
+        f"{row['points']:>8}"
+        for row in rows
+    ]
+    return "\n".join((head, *lines))
+
+
+@contextmanager
+def progress_display() -> Iterator[Callable[[float, str], None]]:
+    """A bar on a terminal, one line for each tenth elsewhere; both on stderr."""
+    if not sys.stderr.isatty():
+        told = -1
+
+        def line(done: float, text: str) -> None:
+            nonlocal told
+            if int(10 * done) > told:
+                told = int(10 * done)
+                print(f"calibrate: {done:4.0%}  {text}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("calibrate"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("start", total=1.0)
+        yield lambda done, text: bar.update(task, completed=done, description=text)
