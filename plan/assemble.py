@@ -64,7 +64,15 @@ def layer_layout(space: Space, choice: Sequence[int]) -> Layout:
             if home is not None and home != split.operands[position]:
                 operands[f"{index}.{position}"] = spec_text(split.operands[position])
     partial = {str(v): axes_text(space.partial_axes(v, choice)) for v in space.partial if space.partial_axes(v, choice)}
-    return Layout(values=values, operands=operands, partial=partial)
+    splits: dict[str, str] = {}
+    for index in sorted({space.partial[int(v)] for v in partial}):
+        split = space.splits[index][choice[space.node_of_operator[index]]]
+        rule = graph.operators[index].rule
+        for position, (dims, spec) in enumerate(zip(rule.operands, split.operands, strict=True)):
+            for dim, (factor, axes) in enumerate(zip(dims, spec, strict=True)):
+                if factor in rule.contracted and axes:
+                    splits[f"{index}.{position}.{dim}"] = axes_text(axes)
+    return Layout(values=values, operands=operands, partial=partial, splits=splits)
 
 
 def _pinned(space: Space, choice: Sequence[int]) -> dict[int, str]:

@@ -26,11 +26,13 @@ from meshwright.plan import stage_labels as kernels
 from meshwright.plan.stage_labels import BoolArray, FloatArray, IntArray
 
 PipelineSchedule = Literal["gpipe", "1f1b"]
+_Common = tuple[FloatArray, FloatArray, IntArray, FloatArray, IntArray, BoolArray, int, bool]
 
 _ROUNDING = 1e-9  # relative; far above the error of the DP's grid, far below what a plan can gain
 _GRID_BITS = 48  # costs become multiples of total / 2**48, so that float64 sums are exact in any order
-_FIRST_WIDTHS = (1, 16)  # labels per state of the quick searches for an upper bound
-_WINDOWS = (1.02, 1.25)  # alternatives are sought within these ratios to the best total
+_GUESSES = (1.1, 1.5, np.inf)  # of the best total, in units of its lower bound, tried in turn with one label per state
+_WIDER = 16  # labels per state where one finds no plan that fits
+_WINDOWS = (1.01, 1.03, 1.1)  # alternatives are sought within these ratios to the best total, in turn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,10 +153,10 @@ def best_stages(
     starts at a host; a cut at a multiple of ``devices_per_host`` is a cut between hosts. Peak memory holds per stage.
 
     Guaranteed: the first plan is an optimum of the surrogate (to a relative 1e-9), and the list holds the ``keep``
-    best *shapes* (a shape is the cuts and kinds), each with its best layouts, among those up to 25 % above the optimum;
-    it is shorter only where there are fewer. (For random stages the 1F1B surrogate is from 7 % above to 17 % below the
-    simulated time: a plan that is 25 % worse hardly wins.) Ties go to fewer idle devices, then to fewer stages, then
-    to the lexicographically first stages: a plan that leaves devices idle wins only by being faster.
+    best *shapes* (a shape is the cuts and kinds), each with its best layouts, among those up to 10 % above the optimum;
+    it is shorter only where there are fewer. (Against simulation, choosing by the surrogate alone loses 1 to 5 %.) Ties
+    go to fewer idle devices, then to fewer stages, then to the lexicographically first stages: a plan that leaves
+    devices idle wins only by being faster.
 
     Args:
         keep: number of plans wanted.
@@ -173,13 +175,7 @@ def best_stages(
     if schedule not in ("gpipe", "1f1b"):
         raise PlanError(f"the stage search knows the schedules gpipe and 1f1b, not {schedule!r}")
     search = _Search(table, microbatches, schedule, max_stages or table.layers, cross_mesh, all_devices)
-    upper = np.inf
-    for width in _FIRST_WIDTHS:
-        upper = search.upper_bound(width)
-        if np.isfinite(upper):
-            break
-        search.check_that_memory_fits()
-    plans = search.exact(upper, 1)
+    plans = search.exact(search.upper_bound(), 1)
     for window in _WINDOWS if plans and keep > 1 else ():
         best = plans[0].surrogate_seconds
         plans = search.exact(window * best, keep)
@@ -217,27 +213,33 @@ class _Search:
         self.seconds = np.where(fits, table.seconds, np.inf)
         self.hops = table.hop_seconds if cross_mesh else np.zeros_like(table.hop_seconds)
 
-    def upper_bound(self, width: int) -> float:
-        """The total of a good plan; +inf if none is found with ``width`` labels per state."""
-        plans = self._run(self.seconds, self.table.once_seconds, self.hops, np.inf, 1, width)
+    def upper_bound(self) -> float:
+        """The total of a good plan, found with few labels per state; +inf if it takes more to find one that fits."""
+        arrays = (self.seconds, self.table.once_seconds, self.hops)
+        closed, _ = kernels.prefix_bounds(*self._common(*arrays), np.inf)
+        least_sum, least_largest, least_once = closed[-1].min(axis=(0, 1, 2))
+        least = least_sum + (self.microbatches - 1) * least_largest + least_once
+        for upper in [guess * least for guess in _GUESSES] if np.isfinite(least) and least > 0 else [np.inf]:
+            plans = self._run(*arrays, upper, 1, 1)
+            if plans:
+                return plans[0].surrogate_seconds
+        self._check_that_memory_fits()
+        plans = self._run(*arrays, np.inf, 1, _WIDER)
         return plans[0].surrogate_seconds if plans else np.inf
 
     def exact(self, upper: float, keep: int) -> list[StagePlan]:
         """The ``keep`` best plans among those up to ``upper``."""
         upper *= 1 + _ROUNDING
-        arrays = [self.seconds, self.table.once_seconds, self.hops]
+        arrays = (self.seconds, self.table.once_seconds, self.hops)
         scale = (
             upper if np.isfinite(upper) else max(float(np.max(x, where=np.isfinite(x), initial=0.0)) for x in arrays)
         )
-        if scale > 0:
-            step = 2.0 ** (np.floor(np.log2(scale)) - _GRID_BITS)
-            arrays = [np.where(x <= upper, np.round(x / step) * step, np.inf) for x in arrays]
-        return self._run(*arrays, upper, keep, int(kernels.NEVER))
+        step = 2.0 ** (np.floor(np.log2(scale)) - _GRID_BITS) if scale > 0 else 1.0
+        seconds, once, hops = (np.where(x <= upper, np.round(x / step) * step, np.inf) for x in arrays)
+        return self._run(seconds, once, hops, upper, keep, int(kernels.NEVER))
 
-    def _run(
-        self, seconds: FloatArray, once: FloatArray, hops: FloatArray, upper: float, keep: int, width: int
-    ) -> list[StagePlan]:
-        common = (
+    def _common(self, seconds: FloatArray, once: FloatArray, hops: FloatArray) -> _Common:
+        return (
             np.ascontiguousarray(seconds),
             np.ascontiguousarray(once),
             self.max_live,
@@ -247,6 +249,11 @@ class _Search:
             self.table.devices_per_host,
             self.joint,
         )
+
+    def _run(
+        self, seconds: FloatArray, once: FloatArray, hops: FloatArray, upper: float, keep: int, width: int
+    ) -> list[StagePlan]:
+        common = self._common(seconds, once, hops)
         closed, opened = kernels.prefix_bounds(*common, upper)
         ends = kernels.search_labels(
             *common,
@@ -297,7 +304,7 @@ class _Search:
                 return tuple(stages)
             fact = pool[following]
 
-    def check_that_memory_fits(self) -> None:
+    def _check_that_memory_fits(self) -> None:
         """Raise the error that names the missing GB, if memory is what is missing."""
         table = self.table
         possible = np.isfinite(table.seconds) & np.isfinite(table.once_seconds)

@@ -23,13 +23,15 @@ class Layout(_Record):
     """How one layer is sharded.
 
     ``values`` gives the spec of the values that are pinned, keyed "number:what"; ``operands`` the spec that an
-    equation wants of an operand that lives in another, keyed "equation.position"; ``partial`` the mesh axes over which
-    a gradient stays a partial sum until the end of the iteration.
+    equation wants of an operand that lives in another, keyed "equation.operand"; ``partial`` the mesh axes over which a
+    value of a gradient stays a partial sum until the end of the iteration, and ``splits`` where such a sum begins: the
+    dims, keyed "equation.operand.dim", that these axes cut before the sum.
     """
 
     values: dict[str, str]
     operands: dict[str, str]
     partial: dict[str, str]
+    splits: dict[str, str]
 
 
 class PlannedStage(_Record):

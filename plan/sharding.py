@@ -114,9 +114,9 @@ def boundary_layouts(mesh: LogicalMesh) -> tuple[Axes, ...]:
     return tuple(subset for count in range(len(axes) + 1) for subset in combinations(axes, count))
 
 
-def boundary_spec(tensor: Tensor, layout: Axes, mesh: LogicalMesh) -> Spec:
-    """The spec of a value between layers; whole where its first dim does not divide."""
-    if tensor.shape and tensor.shape[0] % mesh.size(layout) == 0:
+def boundary_spec(tensor: Tensor, layout: Axes, parts: int) -> Spec:
+    """The spec of a value between layers, ``layout`` cutting into ``parts``; whole where its first dim does not divide."""
+    if tensor.shape and tensor.shape[0] % parts == 0:
         return (layout, *((),) * (len(tensor.shape) - 1))
     return replicated(tensor)
 

@@ -302,7 +302,7 @@ class _Builder:
         def home_all(node: int, values: Sequence[int]) -> None:
             for value in values:
                 if value >= 0:
-                    specs = tuple(boundary_spec(graph.tensors[value], layout, self.mesh) for layout in space.layouts)
+                    specs = tuple(boundary_spec(graph.tensors[value], layout, self.mesh.size(layout)) for layout in space.layouts)
                     space.homes[value] = Home(node, specs)
 
         if graph.entries:
@@ -375,7 +375,7 @@ class _Builder:
                 self._add_edge(OM, space.homes[gradient], home.node, home.specs, graph.tensors[gradient])
 
     def _return(self, value: int, node: int, component: int) -> None:
-        wanted = tuple(boundary_spec(self.graph.tensors[value], layout, self.mesh) for layout in self.space.layouts)
+        wanted = tuple(boundary_spec(self.graph.tensors[value], layout, self.mesh.size(layout)) for layout in self.space.layouts)
         if value in self.space.homes:
             self._add_edge(component, self.space.homes[value], node, wanted, self.graph.tensors[value])
 

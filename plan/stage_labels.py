@@ -82,11 +82,11 @@ def prefix_bounds(
                     before = opened[i, d, k, a]
                     if before[0] == np.inf:
                         continue
-                    for j in range(i + 1, layers):
+                    for j in range(i + 1, layers + 1):
                         for b in range(layouts):
                             time = seconds[i, j, k, a, b]
                             # A stage that is not the last holds two micro-batches in 1F1B (if there are two).
-                            if before[0] + time > upper or (joint and max_live[i, j, k, a, b] < 2):
+                            if before[0] + time > upper or (joint and j < layers and max_live[i, j, k, a, b] < 2):
                                 continue
                             after = closed[j, end, k, b]
                             after[0] = min(after[0], before[0] + time)

@@ -199,7 +199,7 @@ def transfer_cost(
     """
     if not tensors:
         return 0.0, 0.0
-    per_target = sum(t.bytes / shards(boundary_spec(t, layout, target), target) for t in tensors)
+    per_target = sum(t.bytes / shards(boundary_spec(t, layout, target.size(layout)), target) for t in tensors)
     total = per_target * target.devices
     busiest = max(per_target, total / source.devices)
     seconds = busiest / link.bytes_per_second.value
@@ -252,7 +252,7 @@ def _entry_bytes(table: LayerTable) -> FloatArray:
     tensors = [space.graph.tensors[v] for v in space.graph.entries]
     return np.array(
         [
-            sum(t.bytes / shards(boundary_spec(t, layout, space.mesh), space.mesh) for t in tensors)
+            sum(t.bytes / shards(boundary_spec(t, layout, space.mesh.size(layout)), space.mesh) for t in tensors)
             for layout in space.layouts
         ],
         dtype=float,
