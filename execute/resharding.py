@@ -1,8 +1,8 @@
 """Cross-mesh transfers as data: which device sends which box of an array to which device.
 
 Index algebra alone: nothing here moves a byte or imports JAX. ``execute/exchange.py`` carries a transfer out.
-The rule is "tiles that intersect", as in Alpa (Zheng et al., OSDI 2022, section 6): each box that a target device needs is
-the disjoint union of its intersections with the distinct source boxes, and each intersection comes from one replica.
+The rule is "tiles that intersect", as in Alpa (Zheng et al., OSDI 2022, section 6): each box that a target device needs
+is the disjoint union of its intersections with the distinct source boxes, and each of those comes from one replica.
 """
 
 from collections import defaultdict

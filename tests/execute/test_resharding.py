@@ -105,9 +105,7 @@ def test_bytes_between_ranks_count_each_message_once(case: tuple[TensorLayout, T
     transfer = plan_transfer(*case)
     wanted = sum(box_elements(box) for _, box in transfer.target.boxes)
     within = sum(
-        box_elements(tile.box)
-        for tile in transfer.tiles
-        if transfer.ranks[tile.source] == transfer.ranks[tile.target]
+        box_elements(tile.box) for tile in transfer.tiles if transfer.ranks[tile.source] == transfer.ranks[tile.target]
     )
     assert sum(transfer.bytes_between_ranks.values()) == 4 * (wanted - within)
     assert 0 <= transfer.repeated_bytes <= 4 * wanted
@@ -187,7 +185,13 @@ HOST, DEV, BOTH = ("host",), ("dev",), ("host", "dev")
     ],
 )
 def test_the_bytes_are_those_of_alpas_resharding_suite(
-    source_hosts: int, source_spec: Spec, target_hosts: int, target_spec: Spec, total: float, busiest: float, needed: int
+    source_hosts: int,
+    source_spec: Spec,
+    target_hosts: int,
+    target_spec: Spec,
+    total: float,
+    busiest: float,
+    needed: int,
 ) -> None:
     """Cases 1-7 and 9 of Alpa's n-to-m suite, four devices a host, in multiples of the tensor.
 
