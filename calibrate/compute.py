@@ -70,7 +70,9 @@ def measure_compute(budget_seconds: float, progress: Callable[[float, str], None
 
 def random_array(shape: tuple[int, ...], dtype: jnp.dtype = FLOAT32, seed: int = 0) -> jax.Array:
     """Normal numbers on the device, drawn by NumPy: a generator compiled for each shape costs more than the test."""
-    return jax.device_put(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype))
+    numbers = np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
+    array: jax.Array = jax.device_put(numbers)
+    return array
 
 
 def matmul_call(size: int, dtype: jnp.dtype) -> Callable[[], object]:

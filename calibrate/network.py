@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -143,32 +144,20 @@ def _sample_together(group: MPI.Comm, call: Callable[[], object], seconds: float
     return sample(call, repeats)
 
 
-def _all_reduce(x: jax.Array) -> jax.Array:
-    return jax.lax.psum(x, "ranks")
-
-
-def _all_gather(x: jax.Array) -> jax.Array:
-    return jax.lax.all_gather(x, "ranks", axis=1, tiled=True)
-
-
-def _reduce_scatter(x: jax.Array) -> jax.Array:
-    return jax.lax.psum_scatter(x, "ranks", scatter_dimension=1, tiled=True)
-
-
-def _all_to_all(x: jax.Array) -> jax.Array:
+def _all_to_all(x: Any) -> Any:
     return jax.lax.all_to_all(x.reshape(jax.lax.axis_size("ranks"), -1), "ranks", 0, 0, tiled=True).reshape(1, -1)
 
 
-def _permute(x: jax.Array) -> jax.Array:
+def _permute(x: Any) -> Any:
     size = jax.lax.axis_size("ranks")
     return jax.lax.ppermute(x, "ranks", [(rank, (rank + 1) % size) for rank in range(size)])
 
 
 # What each rank holds before: the whole array of ``message_bytes``, or its share of it.
-COLLECTIVES: dict[str, tuple[Callable[[jax.Array], jax.Array], str]] = {
-    "all_reduce": (_all_reduce, "whole"),
-    "all_gather": (_all_gather, "share"),
-    "reduce_scatter": (_reduce_scatter, "whole"),
+COLLECTIVES: dict[str, tuple[Callable[[Any], Any], Literal["whole", "share"]]] = {
+    "all_reduce": (lambda x: jax.lax.psum(x, "ranks"), "whole"),
+    "all_gather": (lambda x: jax.lax.all_gather(x, "ranks", axis=1, tiled=True), "share"),
+    "reduce_scatter": (lambda x: jax.lax.psum_scatter(x, "ranks", scatter_dimension=1, tiled=True), "whole"),
     "all_to_all": (_all_to_all, "share"),
     "permute": (_permute, "whole"),
 }

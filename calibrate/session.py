@@ -20,6 +20,7 @@ from meshwright.calibrate.timing import ComputeTimings, NetworkTimings
 from meshwright.errors import ExecutionError
 
 COMPUTE_SHARE = 0.35  # of the budget; the links have more to measure, and four processes to start
+ENDING_SHARE = 0.08  # kept for the measurement under way when the time is over, for ending the ranks and for the fits
 GRACE_SECONDS = 60.0  # past the deadline, before a worker counts as stuck
 # As the executor runs its ranks: each rank computes on one thread, or ranks that share cores would trample each other.
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -41,23 +42,24 @@ def calibrate_machine(budget_seconds: float, ranks: int, progress: Progress) -> 
         ExecutionError: MPI is missing, or a measuring process failed.
     """
     start = time.time()
+    deadline = start + (1.0 - ENDING_SHARE) * budget_seconds
     mpiexec = find_mpiexec() if ranks > 1 else None
     environment = worker_environment(os.environ)
     share = COMPUTE_SHARE if mpiexec else 1.0
     worker = [sys.executable, "-m", "meshwright.calibrate.worker"]
     compute = _run_worker(
-        [*worker, "compute", str(start + share * budget_seconds)],
+        [*worker, "compute", str(start + share * (deadline - start))],
         environment,
-        start + budget_seconds + GRACE_SECONDS,
+        deadline + GRACE_SECONDS,
         lambda done, text: progress(share * done, text),
         ComputeTimings,
     )
     network = None
     if mpiexec is not None and compute.platform == "cpu":
         network = _run_worker(
-            [mpiexec, "--oversubscribe", "-n", str(ranks), *worker, "network", str(start + budget_seconds)],
+            [mpiexec, "--oversubscribe", "-n", str(ranks), *worker, "network", str(deadline)],
             {**environment, **RUN_AS_ROOT, "JAX_PLATFORMS": "cpu"},
-            start + budget_seconds + GRACE_SECONDS,
+            deadline + GRACE_SECONDS,
             lambda done, text: progress(share + (1 - share) * done, text),
             NetworkTimings,
         )

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 def seconds(text: str) -> float:
     """``30``, ``30s`` or ``2m`` as seconds; an ``argparse`` type."""
-    factor = {"s": 1.0, "m": 60.0}.get(text[-1:], None)
+    factor = {"s": 1.0, "m": 60.0}.get(text[-1:])
     try:
         value = float(text if factor is None else text[:-1]) * (factor or 1.0)
     except ValueError:
