@@ -119,13 +119,14 @@ def claim_failure(code: int, text: str) -> bool:
 
 
 class BannerFilter:
-    """Splits mpiexec's banners about a failed job, boxed in dashes, from what the ranks write.
+    """Splits mpiexec's banners about a failed job, boxed in dashes, from what the ranks write; drops gloo's chatter.
 
     Text passes at once, even a line's beginning (a progress bar); only what may start a banner waits for its next line.
     """
 
     FIRST_LINES = re.compile(rb"MPI_ABORT |prterun |prted |mpiexec |mpirun |Primary job ")
     RULE = re.compile(rb"-{60,}\s*")
+    CHATTER = b"[Gloo] Rank "
 
     def __init__(self) -> None:
         self.held: list[bytes] = []
@@ -138,7 +139,8 @@ class BannerFilter:
         # Open MPI's mpiexec writes a NUL when a job aborts.
         *lines, self._line = (self._line + chunk.replace(b"\0", b"")).split(b"\n")
         passed = b"".join(self._take(line + b"\n") for line in lines)
-        waits = self._inside or self._after_rule or not self._line.strip(b"-")
+        start = self._line[: len(self.CHATTER)]
+        waits = self._inside or self._after_rule or not self._line.strip(b"-") or self.CHATTER.startswith(start)
         if not waits:
             passed, self._line = passed + self._line, b""
         return passed
@@ -149,6 +151,8 @@ class BannerFilter:
         return rest
 
     def _take(self, line: bytes) -> bytes:
+        if line.startswith(self.CHATTER):
+            return b""
         rule = bool(self.RULE.fullmatch(line))
         if self._inside:
             self.held.append(line)

@@ -123,13 +123,30 @@ def guard(write_log: Callable[[BaseException], Path] | None = None) -> Iterator[
         yield
         return
     try:
-        yield
+        with _stdout_for_python_alone():
+            yield
         if jax.distributed.is_initialized():
             jax.distributed.shutdown()
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             raise
         _abort(error, write_log)
+
+
+@contextmanager
+def _stdout_for_python_alone() -> Iterator[None]:
+    """What libraries write to file descriptor 1 goes to standard error: gloo reports each connection there."""
+    python_stdout = sys.stdout
+    python_stdout.flush()
+    descriptor = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(os.dup(descriptor), "w", encoding=python_stdout.encoding) as sys.stdout:
+            yield
+    finally:
+        sys.stdout = python_stdout
+        os.dup2(descriptor, 1)
+        os.close(descriptor)
 
 
 def _abort(error: BaseException, write_log: Callable[[BaseException], Path] | None) -> None:

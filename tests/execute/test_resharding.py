@@ -2,7 +2,6 @@
 
 from math import prod
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -109,28 +108,6 @@ def test_bytes_between_ranks_count_each_message_once(case: tuple[TensorLayout, T
     )
     assert sum(transfer.bytes_between_ranks.values()) == 4 * (wanted - within)
     assert 0 <= transfer.repeated_bytes <= 4 * wanted
-
-
-@pytest.mark.parametrize(
-    ("shape", "spec", "axes"),
-    [
-        ((8, 6), (("x",), ("y",)), (("x", 4), ("y", 2))),
-        ((8, 6), (("y", "x"), ()), (("x", 4), ("y", 2))),
-        ((8, 6), (("x", "y"),), (("x", 4), ("y", 2))),
-        ((8, 6), ((), ("y",)), (("x", 4), ("y", 2))),
-        ((), (), (("x", 2), ("y", 4))),
-    ],
-)
-def test_a_layout_is_that_of_named_sharding(
-    shape: tuple[int, ...], spec: Spec, axes: tuple[tuple[str, int], ...]
-) -> None:
-    """An abstract mesh has no devices, so the shards' order is read from their device positions."""
-    sizes = tuple(size for _, size in axes)
-    mesh = jax.sharding.AbstractMesh(sizes, tuple(name for name, _ in axes))
-    named = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-    layout = layout_of(shape, "float32", spec, axes, tuple(range(8)))
-    expected = named.shard_shape(shape)
-    assert [tuple(stop - start for start, stop in box) for _, box in layout.boxes] == [expected] * 8
 
 
 def test_one_device_feeds_three_and_three_feed_two() -> None:
