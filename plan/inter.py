@@ -30,9 +30,15 @@ _Common = tuple[FloatArray, FloatArray, IntArray, FloatArray, IntArray, BoolArra
 
 _ROUNDING = 1e-9  # relative; far above the error of the DP's grid, far below what a plan can gain
 _GRID_BITS = 48  # costs become multiples of total / 2**48, so that float64 sums are exact in any order
-_GUESSES = (1.1, 1.5, np.inf)  # of the best total, in units of its lower bound, tried in turn with one label per state
+_GUESSES = (
+    1.1,
+    1.5,
+    3.0,
+    np.inf,
+)  # of the best total, in units of its lower bound, tried in turn with one label per state
 _WIDER = 16  # labels per state where one finds no plan that fits
-_WINDOWS = (1.01, 1.03, 1.1)  # alternatives are sought within these ratios to the best total, in turn
+_WINDOWS = (1.01, 1.05)  # alternatives are sought within these ratios to the best total, in turn
+_ALTERNATIVES_WIDTH = 16  # labels per state of that search
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,6 +120,11 @@ class StagePlan:
     surrogate_seconds: float
     peak_bytes: tuple[float, ...]  # of the fullest device of each stage
 
+    @property
+    def shape(self) -> tuple[tuple[int, int], ...]:
+        """Cuts and kinds, without the layouts."""
+        return tuple((s.last_layer, s.kind) for s in self.stages)
+
 
 def surrogate_seconds(
     table: StageTable, stages: Sequence[Stage], microbatches: int, schedule: PipelineSchedule, cross_mesh: bool = True
@@ -152,11 +163,12 @@ def best_stages(
     Stages take devices one after another from device 0. A stage smaller than a host stays inside one, a larger one
     starts at a host; a cut at a multiple of ``devices_per_host`` is a cut between hosts. Peak memory holds per stage.
 
-    Guaranteed: the first plan is an optimum of the surrogate (to a relative 1e-9), and the list holds the ``keep``
-    best *shapes* (a shape is the cuts and kinds), each with its best layouts, among those up to 10 % above the optimum;
-    it is shorter only where there are fewer. (Against simulation, choosing by the surrogate alone loses 1 to 5 %.) Ties
-    go to fewer idle devices, then to fewer stages, then to the lexicographically first stages: a plan that leaves
-    devices idle wins only by being faster.
+    Guaranteed: the first plan is an optimum of the surrogate (to a relative 1e-9). Ties go to fewer idle devices, then
+    to fewer stages, then to the lexicographically first stages: a plan that leaves devices idle wins only by being
+    faster. The others are of different *shapes* (a shape is the cuts and kinds), each with its best layouts, within 5 %
+    of the optimum (choosing by the surrogate alone loses 1 to 5 % against simulation), so there may be fewer than
+    ``keep``. They are the very best of those on small tables; on large ones, where more than 16 ways to run the rest
+    of the chain compete at one cut, they are good but need not be the very best.
 
     Args:
         keep: number of plans wanted.
@@ -175,10 +187,11 @@ def best_stages(
     if schedule not in ("gpipe", "1f1b"):
         raise PlanError(f"the stage search knows the schedules gpipe and 1f1b, not {schedule!r}")
     search = _Search(table, microbatches, schedule, max_stages or table.layers, cross_mesh, all_devices)
-    plans = search.exact(search.upper_bound(), 1)
+    plans = search.run(search.upper_bound(), 1)
     for window in _WINDOWS if plans and keep > 1 else ():
-        best = plans[0].surrogate_seconds
-        plans = search.exact(window * best, keep)
+        best = plans[0]
+        near = search.run(window * best.surrogate_seconds, keep, max(_ALTERNATIVES_WIDTH, keep))
+        plans = [best, *(plan for plan in near if plan.shape != best.shape)][:keep]
         if len(plans) == keep:
             break
     if not plans:
@@ -227,8 +240,8 @@ class _Search:
         plans = self._run(*arrays, np.inf, 1, _WIDER)
         return plans[0].surrogate_seconds if plans else np.inf
 
-    def exact(self, upper: float, keep: int) -> list[StagePlan]:
-        """The ``keep`` best plans among those up to ``upper``."""
+    def run(self, upper: float, keep: int, width: int = int(kernels.NEVER)) -> list[StagePlan]:
+        """The ``keep`` best plans among those up to ``upper``; exact if the labels per state are not limited."""
         upper *= 1 + _ROUNDING
         arrays = (self.seconds, self.table.once_seconds, self.hops)
         scale = (
@@ -236,7 +249,7 @@ class _Search:
         )
         step = 2.0 ** (np.floor(np.log2(scale)) - _GRID_BITS) if scale > 0 else 1.0
         seconds, once, hops = (np.where(x <= upper, np.round(x / step) * step, np.inf) for x in arrays)
-        return self._run(seconds, once, hops, upper, keep, int(kernels.NEVER))
+        return self._run(seconds, once, hops, upper, keep, width)
 
     def _common(self, seconds: FloatArray, once: FloatArray, hops: FloatArray) -> _Common:
         return (
@@ -282,16 +295,12 @@ class _Search:
         plans: list[StagePlan] = []
         shapes = set()
         for _, _, _, stages in ranked:
-            shape = tuple((s.last_layer, s.kind) for s in stages)
-            if shape in shapes:
-                continue
-            shapes.add(shape)
             seconds = surrogate_seconds(self.table, stages, self.microbatches, self.schedule, self.cross_mesh)
-            peaks = peak_bytes(self.table, stages, self.microbatches, self.schedule)
-            plans.append(StagePlan(stages, seconds, peaks))
-            if len(plans) == keep:
-                break
-        return plans
+            plan = StagePlan(stages, seconds, peak_bytes(self.table, stages, self.microbatches, self.schedule))
+            if plan.shape not in shapes:
+                shapes.add(plan.shape)
+                plans.append(plan)
+        return plans[:keep]
 
     def _stages(self, fact: IntArray, pool: IntArray) -> tuple[Stage, ...]:
         stages = []
