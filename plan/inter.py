@@ -350,7 +350,8 @@ def _max_live(table: StageTable, microbatches: int) -> IntArray:
     """Most live micro-batches that fit, by the very comparison that peaks are checked with; ``NEVER`` from B on."""
 
     def fits(live: FloatArray) -> BoolArray:
-        peak = table.static_bytes + live * table.saved_bytes + table.transient_bytes
+        with np.errstate(invalid="ignore"):  # impossible stages may hold +inf bytes; none of them fits
+            peak = table.static_bytes + live * table.saved_bytes + table.transient_bytes
         return np.asarray(peak <= table.memory_bytes)
 
     room = table.memory_bytes - table.static_bytes - table.transient_bytes

@@ -193,6 +193,13 @@ def test_a_layer_that_no_submesh_can_run_is_refused() -> None:
         best_stages(table, 4, "gpipe")
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_impossible_stages_may_hold_infinite_bytes(schedule: PipelineSchedule) -> None:
+    table = even_table(2, 2, 2, 0.0, saved_bytes=np.array([[[0, 1], [1, 1], [np.inf, 1]]] * 2)[..., None, None])
+    assert all(s.kind == 1 for s in best_stages(table, 4, schedule, all_devices=True)[0].stages)
+
+
 def test_damaged_tables_are_refused() -> None:
     table = even_table(2, 4, 2, 0.0)
     with pytest.raises(PlanError, match=r"hop_seconds has shape \(1,\)"):
