@@ -8,13 +8,14 @@ import difflib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from meshwright.calibrate.quantity import Quantity, Record, need_not_negative, need_positive, short_dtype
+from meshwright.calibrate.schema import convert, read_json
 from meshwright.errors import ClusterError
 
 COLLECTIVE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "permute")
@@ -271,11 +272,9 @@ def cluster_from_data(data: object, where: str = "cluster") -> Cluster:
     if data.get("version") != VERSION:
         raise ClusterError(f"{where}: version is {data.get('version')!r}; this Meshwright reads version {VERSION}")
     try:
-        file = msgspec.convert(data, ClusterFile)
+        file = convert(data, ClusterFile)
         hosts = tuple(_one_host(group) for group in file.hosts for _ in range(group.count))
         return Cluster(name=file.name, hosts=hosts, inter_host=file.inter_host, notes=file.notes)
-    except msgspec.ValidationError as error:
-        raise ClusterError(f"{where}: {_located(error)}") from None
     except ClusterError as error:
         raise ClusterError(f"{where}: {error}") from None
 
@@ -286,16 +285,7 @@ def load_cluster(path: str | os.PathLike[str]) -> Cluster:
     Raises:
         ClusterError: the file cannot be read, is not JSON, or holds something impossible.
     """
-    where = os.fspath(path)
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
-    except OSError as error:
-        raise ClusterError(f"{where}: cannot be read ({error.strerror}); give the path of a machine file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ClusterError(f"{where}: not JSON ({error}); run `meshwright calibrate` to make a new one") from None
-    except ClusterError as error:
-        raise ClusterError(f"{where}: {error}") from None
-    return cluster_from_data(data, where)
+    return cluster_from_data(read_json(path), os.fspath(path))
 
 
 def save_cluster(cluster: Cluster, path: str | os.PathLike[str]) -> None:
@@ -382,24 +372,3 @@ def _slowest(links: Sequence[Link]) -> Link:
 
 def _one_host(group: HostGroup) -> Host:
     return Host(**{name: getattr(group, name) for name in Host.__struct_fields__})
-
-
-def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON objects with a field written twice are a slip that would silently lose a number."""
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise ClusterError(f"field {name!r} is written twice in one object; keep one")
-        fields[name] = value
-    return fields
-
-
-def _located(error: msgspec.ValidationError) -> str:
-    """A schema error as ``hosts[0].device.memory_bytes.value is -1; ...``: our own messages begin with their field."""
-    message, _, path = str(error).partition(" - at `$")
-    path = path.rstrip("`").removeprefix(".")
-    if isinstance(error.__cause__, ClusterError):
-        return f"{path}.{message}" if path else message
-    if message.startswith("Object contains unknown field"):
-        return f"{path or 'the file'} has the unknown field {message.rpartition(' ')[2]}; remove it or correct its name"
-    return f"{path or 'the file'}: {message[0].lower()}{message[1:]}"

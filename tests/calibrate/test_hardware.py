@@ -114,6 +114,12 @@ def test_a_wrong_spec_is_one_line_that_says_what_to_use(spec: str, says: str) ->
         ("hosts.0.device.memory_gigabytes", 80, "hosts[0].device has the unknown field `memory_gigabytes`; remove it"),
         ("inter_host.bytes_per_second.value", -2e9, "inter_host.bytes_per_second.value is -2e+09; a positive number"),
         ("hosts.0.link.collectives.gossip", [], "hosts[0].link.collectives.gossip is not a collective; known are"),
+        ("hosts.0.device.flops_per_second.s8.value", -1, "hosts[0].device.flops_per_second.s8.value is -1; a positive"),
+        (
+            "hosts.0.device.flops_per_second.f64.value",
+            "x",
+            "hosts[0].device.flops_per_second.f64.value: expected `float`",
+        ),
         ("hosts.0.link.collectives.all_reduce.0.ranks", 1, "hosts[0].link.collectives.all_reduce[0].ranks is 1"),
         ("hosts.0.devices", 0, "hosts[0].devices is 0; at least 1 is needed"),
         ("hosts.0.cores", 0, "hosts[0].cores is 0; at least 1 is needed"),

