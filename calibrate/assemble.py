@@ -63,7 +63,7 @@ def assemble(compute: ComputeTimings, network: NetworkTimings | None, measured: 
     devices = ranks if on_cpu else compute.devices
     host_memory = Quantity(float(compute.memory_bytes), f"{measured}, as the machine reports")
     device = _device(compute, matmuls, memory, host_memory.scaled(1 / devices if on_cpu else 1.0), measured)
-    notes = [f"XLA_FLAGS: {compute.xla_flags or '(none)'}; jax {compute.jax_version}; {compute.cores} cores"]
+    notes = [f"measured with {compute.settings or 'no settings'}; jax {compute.jax_version}; {compute.cores} cores"]
     rows = [FittedFamily(f"{MATMUL}{dtype}", 1, fit, "FLOP/s") for dtype, fit in matmuls.items()]
     rows.append(FittedFamily("memory-bound", 1, memory, "B/s"))
     shipped = parse_cluster("cpu")

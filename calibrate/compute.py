@@ -63,7 +63,7 @@ def measure_compute(budget_seconds: float, progress: Callable[[float, str], None
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=_memory_bytes(device),
         jax_version=jax.__version__,
-        xla_flags=os.environ.get("XLA_FLAGS", ""),
+        settings=" ".join(f"{name}={os.environ[name]}" for name in ("XLA_FLAGS", "NPROC") if os.environ.get(name)),
         timings=tuple(timings),
     )
 

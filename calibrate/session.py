@@ -22,8 +22,9 @@ from meshwright.errors import ExecutionError
 COMPUTE_SHARE = 0.35  # of the budget; the links have more to measure, and four processes to start
 ENDING_SHARE = 0.08  # kept for the measurement under way when the time is over, for ending the ranks and for the fits
 GRACE_SECONDS = 60.0  # past the deadline, before a worker counts as stuck
-# As the executor runs its ranks: each rank computes on one thread, or ranks that share cores would trample each other.
-SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# As the executor runs its ranks: each computes on one thread, or ranks that share cores would trample each other.
+# NPROC is what XLA's CPU client sizes its thread pool by; its own flag alone leaves matmuls on all cores (JAX 0.10.2).
+SINGLE_THREAD = {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 SINGLE_THREAD_XLA = "--xla_cpu_multi_thread_eigen=false"
 RUN_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 

@@ -37,7 +37,7 @@ class ComputeTimings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     cores: int
     memory_bytes: int
     jax_version: str
-    xla_flags: str
+    settings: str  # the environment that decides how many threads compute
     timings: tuple[Timing, ...]
 
 

@@ -30,7 +30,7 @@ COMPUTE = ComputeTimings(
     cores=2,
     memory_bytes=16_000_000_000,
     jax_version="0.10.2",
-    xla_flags="",
+    settings="NPROC=1",
     timings=(
         timing(DISPATCH, 64, [1e-5] * 5),
         timing(LAUNCH, 64, [2e-6] * 5),

@@ -1,5 +1,7 @@
 """The processes that measure: their environment, and what a failing one leaves behind."""
 
+import os
+import subprocess
 import sys
 import time
 
@@ -24,6 +26,20 @@ def test_ranks_compute_on_one_thread_and_know_nothing_of_an_outer_mpi_job() -> N
     assert found["HOME"] == "/h"
     assert not any(name.startswith(("OMPI_", "PMIX_")) for name in found)
     assert session.worker_environment(found) == found
+
+
+def test_a_matmul_of_a_rank_really_stays_on_one_core() -> None:
+    """Processor time over wall time: XLA's own flag alone lets a matmul spread over all cores."""
+    code = (
+        "import time; from meshwright.calibrate.compute import FLOAT32, matmul_call\n"
+        "call = matmul_call(512, FLOAT32); call()\n"
+        "wall, cpu = time.perf_counter(), time.process_time()\n"
+        "while time.perf_counter() - wall < 0.5: call()\n"
+        "print((time.process_time() - cpu) / (time.perf_counter() - wall))"
+    )
+    environment = {**session.worker_environment(os.environ), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.2
 
 
 def test_a_failing_worker_is_told_by_its_last_line() -> None:
