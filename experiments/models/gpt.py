@@ -50,9 +50,9 @@ def check_heads(hidden: int, heads: int) -> None:
     """The heads share the hidden dim equally."""
     if hidden % heads:
         fits = [n for n in range(1, hidden + 1) if hidden % n == 0]
-        nearest = sorted(sorted(fits, key=lambda n: abs(n - heads))[:2])
+        around = [max(n for n in fits if n < heads), *(n for n in fits if n > heads)][:2]
         raise ModelError(
-            f"hidden={hidden} does not split over heads={heads}: use heads={' or heads='.join(map(str, nearest))}"
+            f"hidden={hidden} does not split over heads={heads}: use heads={' or heads='.join(map(str, around))}"
         )
 
 

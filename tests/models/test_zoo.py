@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from meshwright.errors import ModelError
-from meshwright.models.parameters import count
+from meshwright.models.parameters import Weight, count, initialize
 from meshwright.models.zoo import NAMED, NAMES, get_model
 
 PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "alpa" / "model_specs.json"
@@ -125,7 +125,12 @@ def test_a_module_that_fails_to_import_says_why(tmp_path: Path, monkeypatch: pyt
         get_model("my_broken_module:build")
 
 
-def test_the_same_key_gives_the_same_parameters() -> None:
-    model = get_model("gpt:layers=1,hidden=8,heads=2,vocab=16,seq=4")
-    first, second = (model.init_fn(jax.random.key(7)) for _ in range(2))
-    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), first, second))
+def test_parameters_start_as_their_weights_say_and_depend_on_the_key_alone() -> None:
+    weights = {"a": Weight((400, 50), std=0.5, mean=2.0), "b": Weight((400, 50), std=0.5, mean=2.0), "c": Weight((3,))}
+    first, again, other = (initialize(weights, jax.random.key(seed)) for seed in (7, 7, 8))
+    assert float(first["a"].mean()) == pytest.approx(2.0, abs=0.02)
+    assert float(first["a"].std()) == pytest.approx(0.5, abs=0.02)
+    assert first["c"].tolist() == [0, 0, 0]
+    assert (first["a"] == again["a"]).all()
+    assert not (first["a"] == first["b"]).any()
+    assert not (first["a"] == other["a"]).any()

@@ -1,36 +1,56 @@
-"""What the tests of all models share: a batch of noise and a few steps of plain gradient descent."""
+"""What the tests of all models share: parameters and batches of noise, and a few steps of plain gradient descent.
 
+Noise comes from NumPy and programs are compiled without optimisation: these models are tiny, compiling them is not.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from meshwright.models.base import Model
+from meshwright.models.base import Model, PyTree
+from meshwright.models.parameters import Weight
+
+compiled: Callable[..., Any] = partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
 
 
-def random_batch(model: Model, size: int, classes: int, seed: int = 1) -> Any:
+def drawn(weights: PyTree, seed: int = 0) -> PyTree:
+    """Parameters that start as ``weights`` say, by another generator than ``initialize`` (which test_zoo looks at)."""
+    rng = np.random.default_rng(seed)
+
+    def draw(weight: Weight) -> jax.Array:
+        return jnp.asarray(weight.mean + weight.std * rng.normal(size=weight.shape), jnp.float32)
+
+    return jax.tree.map(draw, weights)
+
+
+def random_batch(model: Model, size: int, classes: int, seed: int = 1) -> PyTree:
     """A batch as the model wants it: whole numbers below ``classes``, normal numbers elsewhere."""
+    rng = np.random.default_rng(seed)
 
-    def draw(number: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        key = jax.random.key(seed + number)
-        if jnp.issubdtype(leaf.dtype, jnp.integer):
-            return jax.random.randint(key, leaf.shape, 0, classes, leaf.dtype)
-        return jax.random.normal(key, leaf.shape, leaf.dtype)
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        whole = jnp.issubdtype(leaf.dtype, jnp.integer)
+        return jnp.asarray(rng.integers(0, classes, leaf.shape) if whole else rng.normal(size=leaf.shape), leaf.dtype)
 
-    leaves, tree = jax.tree.flatten(model.batch_fn(size))
-    return jax.tree.unflatten(tree, [draw(number, leaf) for number, leaf in enumerate(leaves)])
+    return jax.tree.map(draw, model.batch_fn(size))
 
 
-def losses_of_steps(model: Model, batch: Any, steps: int, rate: float) -> list[float]:
+@cache
+def value_and_gradient(model: Model) -> Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]:
+    """The compiled loss and gradient of a model, made once for all tests that ask."""
+    return compiled(jax.value_and_grad(model.loss_fn))  # type: ignore[no-any-return]
+
+
+def losses_of_steps(model: Model, params: PyTree, batch: PyTree, steps: int, rate: float) -> list[float]:
     """Loss before each of ``steps`` steps on the same batch."""
-
-    @jax.jit
-    def step(params: Any) -> tuple[jax.Array, Any]:
-        loss, gradient = jax.value_and_grad(model.loss_fn)(params, batch)
-        return loss, jax.tree.map(lambda p, g: p - rate * g, params, gradient)
-
-    params, losses = model.init_fn(jax.random.key(0)), []
+    losses = []
     for _ in range(steps):
-        loss, params = step(params)
+        loss, gradient = value_and_gradient(model)(params, batch)
+        params = jax.tree.map(lambda p, g: np.asarray(p) - rate * np.asarray(g), params, gradient)
         losses.append(float(loss))
     return losses
