@@ -28,7 +28,7 @@ def slow_route(gates: Any, capacity: int) -> tuple[Any, float]:
     balance = 0.0
     for g in range(groups):
         load = [0] * experts
-        best = [sorted(range(experts), key=lambda e, row=gates[g, t]: (-row[e], e))[:2] for t in range(tokens)]
+        best = [np.argsort(-gates[g, t], kind="stable")[:2] for t in range(tokens)]
         for choice in (0, 1):
             for t in range(tokens):
                 expert = best[t][choice]
