@@ -18,14 +18,11 @@ import msgspec
 from meshwright.calibrate.assemble import Calibration, assemble
 from meshwright.calibrate.timing import ComputeTimings, NetworkTimings
 from meshwright.errors import ExecutionError
+from meshwright.ranks import single_threaded
 
 COMPUTE_SHARE = 0.35  # of the budget; the links have more to measure, and four processes to start
 ENDING_SHARE = 0.08  # kept for the measurement under way when the time is over, for ending the ranks and for the fits
 GRACE_SECONDS = 60.0  # past the deadline, before a worker counts as stuck
-# As the executor runs its ranks: each computes on one thread, or ranks that share cores would trample each other.
-# NPROC is what XLA's CPU client sizes its thread pool by; its own flag alone leaves matmuls on all cores (JAX 0.10.2).
-SINGLE_THREAD = {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-SINGLE_THREAD_XLA = "--xla_cpu_multi_thread_eigen=false"
 RUN_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 Progress = Callable[[float, str], None]
@@ -88,10 +85,7 @@ def find_mpiexec() -> str:
 def worker_environment(base: Mapping[str, str]) -> dict[str, str]:
     """The environment of a measuring process: one thread a rank, and nothing of an MPI job that we may be part of."""
     kept = {name: value for name, value in base.items() if not name.startswith(("OMPI_COMM_", "PMIX_", "PRTE_"))}
-    flags = kept.get("XLA_FLAGS", "")
-    if SINGLE_THREAD_XLA not in flags:
-        flags = f"{flags} {SINGLE_THREAD_XLA}".strip()
-    return {**kept, **SINGLE_THREAD, "XLA_FLAGS": flags}
+    return single_threaded(kept)
 
 
 def _run_worker(

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import IO
 
 from meshwright.errors import ExecutionError
+from meshwright.ranks import single_threaded
 
 RANKS_VARIABLE = "MESHWRIGHT_RANKS"
 FAILURE_VARIABLE = "MESHWRIGHT_FAILURE_FILE"
@@ -88,13 +89,10 @@ def launch(ranks: int, argv: Sequence[str], env: Mapping[str, str] | None = None
 
 def rank_environment(ranks: int, failure_file: Path, env: Mapping[str, str]) -> dict[str, str]:
     """The environment of the ranks: one computing thread each, so that ranks of one host do not fight for cores."""
-    flags = env.get("XLA_FLAGS", "")
-    if "--xla_cpu_multi_thread_eigen" not in flags:
-        flags = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
-    added = {"XLA_FLAGS": flags, RANKS_VARIABLE: str(ranks), FAILURE_VARIABLE: str(failure_file)}
+    added = {RANKS_VARIABLE: str(ranks), FAILURE_VARIABLE: str(failure_file)}
     if os.geteuid() == 0:  # Open MPI refuses root unless told twice; in a container root is the only user
         added |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return {"OMP_NUM_THREADS": "1", **env, **added}
+    return {**single_threaded(env), **added}
 
 
 def claim_failure(code: int, text: str) -> bool:
