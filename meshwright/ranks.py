@@ -8,8 +8,8 @@ _XLA_FLAG = "--xla_cpu_multi_thread_eigen=false"
 
 
 def single_threaded(base: Mapping[str, str]) -> dict[str, str]:
-    """``base`` with the settings that keep XLA, OpenMP and BLAS to one thread; a setting of XLA's own flag is kept."""
+    """``base`` with the settings that keep XLA, OpenMP and BLAS to one thread; what the user has set stays."""
     flags = base.get("XLA_FLAGS", "")
     if _XLA_FLAG.partition("=")[0] not in flags:
         flags = f"{flags} {_XLA_FLAG}".strip()
-    return {**base, **_THREADS, "XLA_FLAGS": flags}
+    return {**_THREADS, **base, "XLA_FLAGS": flags}
