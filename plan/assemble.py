@@ -191,5 +191,3 @@ def _ties(
             wire, latency = transfer_cost(tensors, mesh_from, mesh_to, (), link)
             found.append(Transfer(source, target, what, tuple(leaves), size, wire, latency))  # type: ignore[arg-type]
     return found, tuple(sorted(shared))
-
-

@@ -28,7 +28,9 @@ class Problem:
     def __post_init__(self) -> None:
         for v, costs in enumerate(self.node_seconds):
             if costs.ndim != 1 or costs.size == 0:
-                raise PlanError(f"node {v} has costs of shape {costs.shape}; one row of at least one strategy is needed")
+                raise PlanError(
+                    f"node {v} has costs of shape {costs.shape}; one row of at least one strategy is needed"
+                )
             _check_costs(f"node {v}", costs)
         for (u, v), costs in self.edge_seconds.items():
             if not 0 <= u < v < len(self.node_seconds):

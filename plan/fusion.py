@@ -14,7 +14,7 @@ _WRITES = ("reduce", "gather", "scatter", "sort", "top_k", "cum", "arg", "select
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """For one operator: the values it reads from and writes to memory, and the kernels it launches (0 if fused away)."""
+    """For one operator: the values it reads from and writes to memory, and the kernels it launches (0 if fused)."""
 
     reads: tuple[int, ...]
     writes: tuple[int, ...]

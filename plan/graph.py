@@ -81,7 +81,8 @@ class LayerGraph:
     """One layer, forward then backward, over values ``0 .. len(tensors) - 1``.
 
     entries: values that come from earlier layers; exits: values that later layers (or the user) read.
-    entry_cotangents[i] belongs to entries[i] (-1: it has none), likewise exit_cotangents; gradients[i] to parameters[i].
+    entry_cotangents[i] belongs to entries[i] (-1: it has none), likewise exit_cotangents, and gradients[i] to
+    parameters[i].
     residuals: forward values kept for the backward pass; entries, batch and parameters are not among them.
     """
 

@@ -46,7 +46,7 @@ def solve_ilp(
     for (u, v), costs in sorted(problem.edge_seconds.items()):
         _link(model, terms, (u, v), costs / scale, chosen, allowed)
     if problem.memory_limit_bytes is not None and problem.node_bytes is not None:
-        unit = max(max(float(b.max()) for b in problem.node_bytes), 1.0)
+        unit = max(1.0, *(float(b.max()) for b in problem.node_bytes))
         used = pulp.LpAffineExpression([(x, float(problem.node_bytes[v][p]) / unit) for (v, p), x in chosen.items()])
         model += used <= problem.memory_limit_bytes / unit
     model.setObjective(pulp.LpAffineExpression(terms))
@@ -105,7 +105,7 @@ def _why_infeasible(problem: Problem, held: Mapping[int, int], allowed: list[lis
     lacking = least - problem.memory_limit_bytes
     if lacking > 0:
         return (
-            f"the leanest assignment needs {least / 1e9:.3g} GB and {problem.memory_limit_bytes / 1e9:.3g} GB are there: "
-            f"{lacking / 1e9:.3g} GB short"
+            f"the leanest assignment needs {least / 1e9:.3g} GB and {problem.memory_limit_bytes / 1e9:.3g} GB are "
+            f"there: {lacking / 1e9:.3g} GB short"
         )
     return f"no allowed assignment fits in {problem.memory_limit_bytes / 1e9:.3g} GB ({len(held)} nodes held)"

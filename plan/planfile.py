@@ -3,6 +3,7 @@
 import math
 import os
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
 
-class Layout(_Record):
+class Layout(_Record, frozen=True):
     """How one layer is sharded.
 
     ``values`` gives the spec of the values that are pinned, keyed "number:what"; ``operands`` the spec that an
@@ -34,7 +35,7 @@ class Layout(_Record):
     splits: dict[str, str]
 
 
-class PlannedStage(_Record):
+class PlannedStage(_Record, frozen=True):
     """Layers ``layers[0] .. layers[1]-1`` on ``devices``, which form the mesh; one micro-batch's seconds."""
 
     layers: tuple[int, int]
@@ -63,8 +64,8 @@ class PlannedStage(_Record):
         return self.backward_compute_seconds + self.backward_communication_seconds + self.dispatch_seconds
 
 
-class Transfer(_Record):
-    """What one stage sends another: once per micro-batch, or per iteration for gradients and parameters of tied weights."""
+class Transfer(_Record, frozen=True):
+    """What one stage sends another: once per micro-batch; for tied weights, once per iteration."""
 
     source: int
     target: int
@@ -75,7 +76,7 @@ class Transfer(_Record):
     latency_seconds: float
 
 
-class Predicted(_Record):
+class Predicted(_Record, frozen=True):
     """The simulator's answer."""
 
     iteration_seconds: float
@@ -90,7 +91,7 @@ class Predicted(_Record):
     fits: bool
 
 
-class Rival(_Record):
+class Rival(_Record, frozen=True):
     """Another candidate and why it lost."""
 
     name: str
@@ -99,7 +100,7 @@ class Rival(_Record):
     why_not: str
 
 
-class Plan(_Record):
+class Plan(_Record, frozen=True):
     """A model's training step, cut, sharded and scheduled for a cluster."""
 
     format: str
@@ -126,7 +127,7 @@ class Plan(_Record):
 
     def __post_init__(self) -> None:
         layers = [stage.layers for stage in self.stages]
-        if not layers or layers[0][0] != 0 or any(a[1] != b[0] for a, b in zip(layers, layers[1:], strict=False)):
+        if not layers or layers[0][0] != 0 or any(a[1] != b[0] for a, b in pairwise(layers)):
             raise PlanError(f"stages hold layers {layers}; they must follow one another from 0")
         devices = [d for stage in self.stages for d in stage.devices]
         if len(set(devices)) != len(devices):
@@ -190,7 +191,9 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise PlanError(f"{path} cannot be read ({error.strerror}); make a plan with `meshwright plan … -o {path}`") from None
+        raise PlanError(
+            f"{path} cannot be read ({error.strerror}); make a plan with `meshwright plan … -o {path}`"
+        ) from None
     return parse_plan(data, str(path))
 
 
@@ -217,11 +220,14 @@ def parse_plan(data: bytes, where: str = "plan") -> Plan:
 def table(plan: Plan) -> str:
     """The plan as a table for people."""
     p = plan.predicted
-    lines = [
+    head = (
         f"{plan.model} on {plan.cluster.get('name', '?')}: batch {plan.batch} as {plan.microbatches} micro-batches of "
-        f"{plan.microbatch_size}, schedule {plan.schedule}, rematerialisation {plan.remat}",
+        f"{plan.microbatch_size}, schedule {plan.schedule}, rematerialisation {plan.remat}"
+    )
+    lines = [
+        head,
         "",
-        f"{'stage':>5}  {'layers':>9}  {'devices':>11}  {'mesh':<18}  {'forward':>9}  {'backward':>9}  {'peak memory':>11}",
+        f"{'stage':>5}  {'layers':>9}  {'devices':>11}  {'mesh':<18}  {'forward':>9}  {'backward':>9}  {'peak':>11}",
     ]
     for index, stage in enumerate(plan.stages):
         devices = f"{stage.devices[0]}-{stage.devices[-1]}" if len(stage.devices) > 1 else str(stage.devices[0])

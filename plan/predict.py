@@ -28,12 +28,14 @@ class Prediction:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Write the timeline as a picture."""
-        from meshwright.simulate.gantt import plot_timelines  # noqa: PLC0415  matplotlib is slow to import
+        from meshwright.simulate.gantt import plot_timelines
 
         plot_timelines([("predicted", self.timeline)], path)
 
 
-def program_of(schedule: str, microbatches: int, stages: int, transfers: tuple[Transfer, ...], tied: tuple[tuple[int, int], ...]) -> Program:
+def program_of(
+    schedule: str, microbatches: int, stages: int, transfers: tuple[Transfer, ...], tied: tuple[tuple[int, int], ...]
+) -> Program:
     edges = sorted({(t.source, t.target) for t in transfers if t.what == "activation"})
     return build_program(schedule, stages, microbatches, edges, tied)
 
@@ -67,7 +69,9 @@ def simulate_stages(
     return simulate(program_of(schedule, microbatches, len(stages), transfers, tied), costs)
 
 
-def judge(timeline: Timeline, cluster: Cluster, samples: int, tokens: int, model_flops: float, dtype: str = "f32") -> Predicted:
+def judge(
+    timeline: Timeline, cluster: Cluster, samples: int, tokens: int, model_flops: float, dtype: str = "f32"
+) -> Predicted:
     """The numbers people ask for. ``model_flops`` counts the whole iteration."""
     seconds = timeline.makespan_seconds
     devices = cluster.devices
@@ -102,7 +106,9 @@ def predict(plan: Plan) -> Prediction:
     cluster = plan.hardware
     timeline = simulate_stages(cluster, plan.schedule, plan.microbatches, plan.stages, plan.transfers, plan.tied)
     flops = plan.model_flops * plan.microbatches
-    return Prediction(plan, timeline, judge(timeline, cluster, plan.batch, plan.tokens_per_sample, flops, plan.compute_dtype))
+    return Prediction(
+        plan, timeline, judge(timeline, cluster, plan.batch, plan.tokens_per_sample, flops, plan.compute_dtype)
+    )
 
 
 def predict_file(path: str) -> Prediction:

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from meshwright.calibrate.hardware import Cluster
-from meshwright.errors import PlanError
+from meshwright.errors import ModelError, PlanError
 from meshwright.plan.assemble import Assembly, assemble
 from meshwright.plan.graph import ModelGraph
 from meshwright.plan.inter import (
@@ -28,7 +28,7 @@ from meshwright.plan.inter import (
 from meshwright.plan.planfile import FORMAT, VERSION, Plan, Predicted, Rival, bytes_text, cluster_data
 from meshwright.plan.predict import judge, simulate_stages
 from meshwright.plan.space import Memory
-from meshwright.plan.stages import MeshKind, Setting, StagePricer, logical_mesh, mesh_kinds
+from meshwright.plan.stages import MeshKind, Setting, SpaceCache, StagePricer, logical_mesh, mesh_kinds
 
 Remat = Literal["none", "full"]
 Graphs = Callable[[int], ModelGraph]
@@ -120,14 +120,20 @@ def search(graphs: Graphs, request: Request, progress: Progress | None = None) -
     counts = microbatch_counts(request.batch, request.fix.microbatches)
     judged: list[_Judged] = []
     reasons: list[str] = []
+    untraced: ModelError | None = None
     for done, count in enumerate(counts):
         if progress:
             best = min((j.predicted.iteration_seconds for j in judged), default=None)
             text = f"{count} micro-batches" + (f", best {best:.4g} s" if best is not None else "")
             progress(done, len(counts), text)
         start = time.perf_counter()
-        graph = graphs(count)
-        clock.trace += time.perf_counter() - start
+        try:
+            graph = graphs(count)
+        except ModelError as error:  # micro-batches too small for the model's groups, or not allowed at all
+            untraced = error
+            continue
+        finally:
+            clock.trace += time.perf_counter() - start
         found = False
         for candidate in _candidates(graph, count, request, clock, reasons):
             found = True
@@ -138,6 +144,8 @@ def search(graphs: Graphs, request: Request, progress: Progress | None = None) -
     if progress:
         progress(len(counts), len(counts), "done")
     if not fitting:
+        if untraced is not None and not judged and not reasons:
+            raise untraced
         raise PlanError(_why_nothing_fits(reasons, judged, request))
     best_seconds = min(j.predicted.iteration_seconds for j in fitting)
     close = [j for j in fitting if j.predicted.iteration_seconds <= best_seconds * _CLOSE]
@@ -152,10 +160,8 @@ def microbatch_counts(batch: int, fixed: int | None) -> list[int]:
     if fixed is not None:
         if batch % fixed:
             divisors = [d for d in range(1, batch + 1) if batch % d == 0]
-            near = sorted(divisors, key=lambda d: abs(d - fixed))[:2]
-            raise PlanError(
-                f"a batch of {batch} does not split into {fixed} micro-batches; use {' or '.join(map(str, sorted(near)))}"
-            )
+            near = " or ".join(str(d) for d in sorted(sorted(divisors, key=lambda d: abs(d - fixed))[:2]))
+            raise PlanError(f"a batch of {batch} does not split into {fixed} micro-batches; use {near}")
         return [fixed]
     kept: list[int] = []
     for divisor in (d for d in range(batch, 0, -1) if batch % d == 0):
@@ -170,42 +176,67 @@ def _candidates(
     """The stage DP's best for each schedule and remat policy at one number of micro-batches."""
     cluster, fix = request.cluster, request.fix
     slowdown = cluster.hosts[0].slowdown(cluster.hosts[0].devices)
-    schedules = SEARCHED_SCHEDULES if fix.schedule is None else tuple(s for s in SEARCHED_SCHEDULES if s == fix.schedule)
+    schedules = (
+        SEARCHED_SCHEDULES if fix.schedule is None else tuple(s for s in SEARCHED_SCHEDULES if s == fix.schedule)
+    )
     remats: Sequence[Remat] = ("none", "full") if fix.remat is None else (fix.remat,)
+    spaces: SpaceCache = {}
+    open_schedules = set(schedules)  # for which rematerialisation may still help
     for remat in remats:
         setting = Setting(graph, count, remat == "full", request.memory, slowdown)
-        open_schedules = list(schedules)
+        unsolved = [s for s in schedules if s in open_schedules]
         for price in _MEMORY_PRICES:
-            if not open_schedules:
+            if not unsolved:
                 break
             kinds = _kinds(cluster, fix, price * _seconds_per_byte(graph, cluster))
             start = time.perf_counter()
-            pricer = StagePricer(setting, kinds, request.use_ilp)
+            pricer = StagePricer(setting, kinds, request.use_ilp, spaces)
             table = pricer.stage_table(cluster)
             clock.intra += time.perf_counter() - start
             clock.ilp_solves += pricer.ilp_solves
-            for schedule in tuple(open_schedules):
+            for schedule in tuple(unsolved):
                 start = time.perf_counter()
                 try:
                     plans = _stage_plans(table, kinds, request, count, schedule)
+                    if price == 0.0 and _memory_is_no_matter(table, plans[0], kinds, request, count, schedule):
+                        open_schedules.discard(schedule)
                 except PlanError as error:
                     reasons.append(str(error))
                     continue
                 finally:
                     clock.inter += time.perf_counter() - start
-                open_schedules.remove(schedule)
+                unsolved.remove(schedule)
                 for plan in plans:
                     clock.candidates += 1
                     yield _Candidate(setting, schedule, pricer, plan)
 
 
+def _memory_is_no_matter(
+    table: StageTable,
+    best: StagePlan,
+    kinds: Sequence[MeshKind],
+    request: Request,
+    count: int,
+    schedule: PipelineSchedule,
+) -> bool:
+    """Whether unlimited memory would give no better stages: then rematerialisation, which only costs time, is out."""
+    unlimited = replace(table, memory_bytes=float("inf"))
+    freed = _stage_plans(unlimited, kinds, request, count, schedule, keep=1)
+    return freed[0].surrogate_seconds >= best.surrogate_seconds * (1 - 1e-6)
+
+
 def _stage_plans(
-    table: StageTable, kinds: Sequence[MeshKind], request: Request, count: int, schedule: PipelineSchedule
+    table: StageTable,
+    kinds: Sequence[MeshKind],
+    request: Request,
+    count: int,
+    schedule: PipelineSchedule,
+    keep: int = _SIMULATED_PER_SETTING,
 ) -> list[StagePlan]:
     if request.fix.stages is not None:
         return [_given_stages(table, len(request.fix.stages), count, schedule)]
     whole = bool(request.fix.pipeline or request.fix.data or request.fix.tensor)
-    return best_stages(table, count, schedule, _SIMULATED_PER_SETTING, None, request.cross_mesh, all_devices=whole)
+    return best_stages(table, count, schedule, keep, None, request.cross_mesh, all_devices=whole)
 
 
 def _given_stages(table: StageTable, stages: int, count: int, schedule: PipelineSchedule) -> StagePlan:
@@ -336,7 +367,9 @@ def _plan(winner: _Judged, judged: Sequence[_Judged], request: Request, clock: _
         listed = ", ".join(f"{name} ×{times}" for name, times in graph.unknown)
         notes.append(f"no sharding rule for {listed}: these run replicated")
     if used < request.cluster.devices:
-        notes.append(f"{request.cluster.devices - used} of {request.cluster.devices} devices stay idle: it is faster so")
+        notes.append(
+            f"{request.cluster.devices - used} of {request.cluster.devices} devices stay idle: it is faster so"
+        )
     return Plan(
         format=FORMAT,
         version=VERSION,

@@ -7,7 +7,7 @@ from math import prod
 
 from meshwright.calibrate.hardware import Device, Link
 from meshwright.plan.graph import Tensor
-from meshwright.simulate.collective import collective_seconds
+from meshwright.simulate.collective import CollectiveKind, collective_seconds
 
 Axes = tuple[int, ...]  # mesh axes, by position, in rising order
 Spec = tuple[Axes, ...]  # for each dim of an array, the mesh axes that split it
@@ -38,9 +38,16 @@ class LogicalMesh:
     def size(self, axes: Axes) -> int:
         return prod(self.sizes[a] for a in axes)
 
-    def collective_seconds(self, kind: str, message_bytes: float, axis: int) -> float:
+    @cached_property
+    def _known_seconds(self) -> dict[tuple[CollectiveKind, float, int], float]:
+        return {}
+
+    def collective_seconds(self, kind: CollectiveKind, message_bytes: float, axis: int) -> float:
         """Seconds of one collective along one axis; ``message_bytes`` as ``simulate.collective`` defines it."""
-        return collective_seconds(kind, message_bytes, self.sizes[axis], self.links[axis])
+        key = (kind, message_bytes, axis)
+        if key not in self._known_seconds:
+            self._known_seconds[key] = collective_seconds(kind, message_bytes, self.sizes[axis], self.links[axis])
+        return self._known_seconds[key]
 
     def all_reduce_seconds(self, local_bytes: float, axes: Axes) -> float:
         """Sum an array that every device holds in full: axis by axis."""
@@ -115,7 +122,7 @@ def boundary_layouts(mesh: LogicalMesh) -> tuple[Axes, ...]:
 
 
 def boundary_spec(tensor: Tensor, layout: Axes, parts: int) -> Spec:
-    """The spec of a value between layers, ``layout`` cutting into ``parts``; whole where its first dim does not divide."""
+    """The spec of a value between layers, cut into ``parts`` by ``layout``; whole where its first dim does not divide."""
     if tensor.shape and tensor.shape[0] % parts == 0:
         return (layout, *((),) * (len(tensor.shape) - 1))
     return replicated(tensor)

@@ -71,7 +71,10 @@ class OperatorSplit:
 
 @dataclass(slots=True)
 class Space:
-    """The strategy space of a layer. ``splits[o]`` has one entry per strategy of node ``node_of_operator[o]`` (-1: a constant)."""
+    """The strategy space of a layer.
+
+    ``splits[o]`` has one entry per strategy of node ``node_of_operator[o]``, which is -1 for a constant.
+    """
 
     graph: LayerGraph
     mesh: LogicalMesh
@@ -81,7 +84,9 @@ class Space:
     homes: dict[int, Home] = field(default_factory=dict)
     splits: list[tuple[OperatorSplit, ...]] = field(default_factory=list)
     node_of_operator: list[int] = field(default_factory=list)
-    partial: dict[int, int] = field(default_factory=dict)  # value whose sum may wait -> the operator that leaves it partial
+    partial: dict[int, int] = field(
+        default_factory=dict
+    )  # value whose sum may wait -> the operator that leaves it partial
     entry_node: int = -1
     exit_node: int = -1
 
@@ -167,10 +172,10 @@ def enumerate_splits(
 def _worth_splitting(op: Operator, mesh: LogicalMesh) -> list[int]:
     """One factor for each role (left, right, contracted, …), two for batch dims of a product.
 
-    Factors of one role cost the same however they are split, so the first that divides stands for all; where the
-    first does not divide over the whole mesh, the next is offered too.
+    Factors of one role cost the same however they are split, so the first that divides stands for all; where it does
+    not divide over the whole mesh, the next is offered too. A product whose batch dims take every axis needs no other.
     """
-    roles: dict[tuple[object, ...], list[int]] = {}
+    roles: dict[tuple[tuple[int, ...], tuple[int, ...], bool], list[int]] = {}
     for factor in range(len(op.rule.sizes)):
         where_in = tuple(i for i, dims in enumerate(op.rule.operands) if factor in dims)
         where_out = tuple(i for i, dims in enumerate(op.rule.results) if factor in dims)
@@ -178,14 +183,18 @@ def _worth_splitting(op: Operator, mesh: LogicalMesh) -> list[int]:
     active = [size for size in mesh.sizes if size > 1]
     chosen: list[int] = []
     for (where_in, where_out, _), factors in roles.items():
-        wanted = 2 if op.heavy and len(where_in) == 2 and where_out else 1  # type: ignore[arg-type]
+        batch_of_product = op.heavy and len(where_in) == 2 and bool(where_out)
+        wanted = 2 if batch_of_product else 1
+        mine: list[int] = []
         for factor in factors:
             if any(op.rule.sizes[factor] % size == 0 for size in active):
-                chosen.append(factor)
-                if op.rule.sizes[factor] % mesh.devices == 0:
-                    wanted -= 1
+                mine.append(factor)
+                wanted -= op.rule.sizes[factor] % mesh.devices == 0
             if wanted == 0:
                 break
+        if batch_of_product and len(mine) == 2 and wanted == 0:
+            return mine
+        chosen += mine
     return chosen
 
 
@@ -302,7 +311,9 @@ class _Builder:
         def home_all(node: int, values: Sequence[int]) -> None:
             for value in values:
                 if value >= 0:
-                    specs = tuple(boundary_spec(graph.tensors[value], layout, self.mesh.size(layout)) for layout in space.layouts)
+                    specs = tuple(
+                        boundary_spec(graph.tensors[value], layout, self.mesh.size(layout)) for layout in space.layouts
+                    )
                     space.homes[value] = Home(node, specs)
 
         if graph.entries:
@@ -375,7 +386,9 @@ class _Builder:
                 self._add_edge(OM, space.homes[gradient], home.node, home.specs, graph.tensors[gradient])
 
     def _return(self, value: int, node: int, component: int) -> None:
-        wanted = tuple(boundary_spec(self.graph.tensors[value], layout, self.mesh.size(layout)) for layout in self.space.layouts)
+        wanted = tuple(
+            boundary_spec(self.graph.tensors[value], layout, self.mesh.size(layout)) for layout in self.space.layouts
+        )
         if value in self.space.homes:
             self._add_edge(component, self.space.homes[value], node, wanted, self.graph.tensors[value])
 
@@ -423,7 +436,10 @@ class _Builder:
 
     def _compute_seconds(self, op: Operator, moved: Traffic, split: OperatorSplit) -> float:
         tensors, mesh = self.graph.tensors, self.mesh
-        specs = {**dict(zip(op.inputs, split.operands, strict=True)), **dict(zip(op.outputs, split.results, strict=True))}
+        specs = {
+            **dict(zip(op.inputs, split.operands, strict=True)),
+            **dict(zip(op.outputs, split.results, strict=True)),
+        }
         touched = sum(local_bytes(tensors[v], specs[v], mesh) for v in (*moved.reads, *moved.writes))
         dtype = tensors[op.inputs[0]].dtype if op.inputs else tensors[op.outputs[0]].dtype
         flops = op.flops / split.shards if op.heavy else 0.0

@@ -15,7 +15,20 @@ from meshwright.plan.graph import ModelGraph, Tensor
 from meshwright.plan.inter import StageTable
 from meshwright.plan.intra import LayerTable, Weights, solve_layer
 from meshwright.plan.sharding import Axes, LogicalMesh, boundary_layouts, boundary_spec, shards
-from meshwright.plan.space import BC, BM, COMPONENTS, FC, FM, OC, OM, SAVED, STATIC, FloatArray, Memory, build_space
+from meshwright.plan.space import (
+    BC,
+    BM,
+    FC,
+    FM,
+    OC,
+    OM,
+    SAVED,
+    STATIC,
+    FloatArray,
+    Memory,
+    Space,
+    build_space,
+)
 from meshwright.simulate.topology import SubMesh, axis_link
 
 
@@ -65,6 +78,9 @@ class StageCost:
     tables: tuple[LayerTable, ...]
 
 
+SpaceCache = dict[tuple[int, tuple[int, ...], tuple[str, ...]], Space]  # layer class, mesh sizes, roles
+
+
 @dataclass
 class StagePricer:
     """Prices stages of one ``Setting`` on a list of mesh kinds."""
@@ -72,6 +88,7 @@ class StagePricer:
     setting: Setting
     kinds: tuple[MeshKind, ...]
     use_ilp: bool = False
+    spaces: SpaceCache = field(default_factory=dict)  # shared by pricers of one graph: spaces know no remat, no price
     tables: dict[tuple[int, int], LayerTable] = field(default_factory=dict)
     ilp_solves: int = 0
 
@@ -80,8 +97,11 @@ class StagePricer:
         if key not in self.tables:
             mesh_kind = self.kinds[kind]
             graph = self.setting.graph.classes[layer_class]
-            space = build_space(graph, mesh_kind.mesh, self.setting.memory, mesh_kind.layouts, mesh_kind.roles)
-            self.tables[key] = solve_layer(space, self._weights(mesh_kind), self.use_ilp)
+            place = (layer_class, mesh_kind.mesh.sizes, mesh_kind.roles)
+            if place not in self.spaces:
+                memory = self.setting.memory
+                self.spaces[place] = build_space(graph, mesh_kind.mesh, memory, mesh_kind.layouts, mesh_kind.roles)
+            self.tables[key] = solve_layer(self.spaces[place], self._weights(mesh_kind), self.use_ilp)
             self.ilp_solves += self.tables[key].ilp_solves
         return self.tables[key]
 

@@ -12,7 +12,10 @@ class Factors:
     """Collects which dims of which arrays carry which factor, then gives the ``Rule``."""
 
     def __init__(self, operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        self._shapes = {**{("in", i): t.shape for i, t in enumerate(operands)}, **{("out", i): t.shape for i, t in enumerate(results)}}
+        self._shapes = {
+            **{("in", i): t.shape for i, t in enumerate(operands)},
+            **{("out", i): t.shape for i, t in enumerate(results)},
+        }
         self._dims = {key: [UNSPLIT] * len(shape) for key, shape in self._shapes.items()}
         self._sizes: list[int] = []
         self._contracted: set[int] = set()

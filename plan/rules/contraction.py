@@ -29,7 +29,7 @@ def dot_general(params: Mapping[str, Any], operands: Sequence[Tensor], results: 
 def dot_general_flops(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> float:
     """Two per multiply-add: 2 · |result| · contracted size."""
     (left_contract, _), _ = params["dimension_numbers"]
-    return 2.0 * results[0].elements * prod(operands[0].shape[d] for d in left_contract)
+    return float(2 * results[0].elements * prod(operands[0].shape[d] for d in left_contract))
 
 
 def conv_general_dilated(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:
@@ -60,7 +60,7 @@ def conv_flops(params: Mapping[str, Any], operands: Sequence[Tensor], results: S
     window = prod(kernel[d] for d in numbers.rhs_spec[2:])
     by_results = 2.0 * results[0].elements * window * kernel[numbers.rhs_spec[1]]
     lhs_dilation = prod(params["lhs_dilation"] or (1,))
-    return by_results / lhs_dilation
+    return float(by_results / lhs_dilation)
 
 
 def reduce_window(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:

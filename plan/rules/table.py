@@ -8,7 +8,7 @@ from meshwright.plan.rules import contraction, elementwise, indexing
 from meshwright.plan.rules.base import RuleMaker, replicated
 
 RULES: Mapping[str, RuleMaker] = {
-    **{name: elementwise.elementwise for name in elementwise.ELEMENTWISE},
+    **dict.fromkeys(elementwise.ELEMENTWISE, elementwise.elementwise),
     "broadcast_in_dim": elementwise.broadcast_in_dim,
     "reshape": elementwise.reshape,
     "transpose": elementwise.transpose,
@@ -61,7 +61,9 @@ def is_heavy(name: str) -> bool:
     return name in _KINDS
 
 
-def operator_flops(name: str, params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> float:
+def operator_flops(
+    name: str, params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]
+) -> float:
     """FLOPs of the whole operator: two per multiply-add, one per element where nothing is multiplied and added."""
     count = _FLOPS.get(name)
     return float(sum(t.elements for t in results)) if count is None else count(params, operands, results)

@@ -65,7 +65,9 @@ class Listing:
         """Append a closed jaxpr applied to ``arguments``, looking through ``calls``; return its results."""
         return self._append(closed.jaxpr, [Literal(c) for c in closed.consts], arguments, calls)
 
-    def _append(self, jaxpr: Any, consts: Sequence[Atom], arguments: Sequence[Atom], calls: Mapping[str, str]) -> list[Atom]:
+    def _append(
+        self, jaxpr: Any, consts: Sequence[Atom], arguments: Sequence[Atom], calls: Mapping[str, str]
+    ) -> list[Atom]:
         env: dict[Any, Atom] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, arguments, strict=True))
 

@@ -18,7 +18,7 @@ Cutter = Callable[[np.ndarray, np.ndarray, Sequence[Any]], Sequence[tuple[int, i
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """The loss as equations over numbered values. Values ``0 .. len(parameters)-1`` are the parameter leaves, the batch follows."""
+    """The loss as equations over numbered values: first the parameter leaves, then the batch, then what is computed."""
 
     tensors: tuple[Tensor, ...]
     equations: tuple[Equation, ...]
@@ -92,8 +92,7 @@ def as_value(listing: Listing, atom: int | Literal, taken: frozenset[int] | set[
     """``atom`` as a value that an equation writes: literals and values in ``taken`` are copied first."""
     if isinstance(atom, int) and atom not in taken:
         return atom
-    source = atom.value if isinstance(atom, Literal) else None
-    tensor = listing.tensors[atom] if isinstance(atom, int) else Tensor(np.shape(source), str(np.asarray(source).dtype))
+    tensor = _tensor(atom, listing.tensors)
     copy = jax.make_jaxpr(lambda x: jax.numpy.array(x, copy=True))(jax.ShapeDtypeStruct(tensor.shape, tensor.dtype))
     (result,) = listing.append(copy, [atom], CALLS)
     if not isinstance(result, int) or result == atom:
@@ -204,4 +203,8 @@ def _tensor(atom: int | Literal, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _signature(eqn: Equation, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    return (eqn.name, tuple(_tensor(x, tensors).shape for x in eqn.inputs), tuple(tensors[v].shape for v in eqn.outputs))
+    return (
+        eqn.name,
+        tuple(_tensor(x, tensors).shape for x in eqn.inputs),
+        tuple(tensors[v].shape for v in eqn.outputs),
+    )

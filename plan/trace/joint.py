@@ -64,7 +64,9 @@ def join(cut: Cut, tensors: Sequence[Tensor], active: frozenset[int], differenti
         return outs, rest, residuals
 
     wanted_shapes = [abstract(tensors[v]) for v in wanted]
-    forward_jaxpr, shapes = jax.make_jaxpr(with_residuals, return_shape=True)(wanted_shapes, [abstract(tensors[v]) for v in given])
+    forward_jaxpr, shapes = jax.make_jaxpr(with_residuals, return_shape=True)(
+        wanted_shapes, [abstract(tensors[v]) for v in given]
+    )
     residual_shapes = shapes[2]
 
     def pull(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Any:
@@ -157,7 +159,10 @@ def _remake_views(
 
 
 def _renumber(
-    forward: Sequence[Equation], backward: Sequence[Equation], tensors: Sequence[Tensor], roles: dict[str, tuple[int, ...]]
+    forward: Sequence[Equation],
+    backward: Sequence[Equation],
+    tensors: Sequence[Tensor],
+    roles: dict[str, tuple[int, ...]],
 ) -> JointLayer:
     """Number the values that are left from 0 in order of appearance, so that equal layers become identical."""
     order: dict[int, int] = {}

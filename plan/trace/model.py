@@ -19,7 +19,7 @@ from meshwright.plan.trace.joint import JointLayer, join, literal_tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """``graph`` is what the planner reads; ``classes`` are the equations that the executor runs, one per layer class."""
+    """``graph`` is what the planner reads; ``classes`` are the equations that the executor runs, one per class."""
 
     model: Model
     graph: ModelGraph
@@ -41,7 +41,9 @@ def trace(
     """
     if batch < 1 or microbatches < 1 or batch % microbatches:
         fits = [m for m in range(max(1, microbatches), 0, -1) if batch % m == 0][:1]
-        raise ModelError(f"a batch of {batch} does not split into {microbatches} micro-batches; use {fits[0] if fits else 1}")
+        raise ModelError(
+            f"a batch of {batch} does not split into {microbatches} micro-batches; use {fits[0] if fits else 1}"
+        )
     if microbatches > 1 and not model.microbatchable:
         raise ModelError(f"model {model.name!r} mixes its samples, so it cannot be micro-batched; use 1 micro-batch")
     forward = trace_forward(model, batch // microbatches)
@@ -152,7 +154,12 @@ def _equation_text(eqn: Equation, names: Mapping[int, int]) -> tuple[str, bool]:
     complete = True
     parts = []
     for key, value in sorted(eqn.params.items()):
-        if callable(value) and not hasattr(value, "eqns") and not hasattr(value, "jaxpr") and not isinstance(value, type):
+        if (
+            callable(value)
+            and not hasattr(value, "eqns")
+            and not hasattr(value, "jaxpr")
+            and not isinstance(value, type)
+        ):
             complete = False
             parts.append(f"{key}=<{getattr(value, '__name__', type(value).__name__)}>")
         else:
@@ -167,5 +174,3 @@ def _literal_text(literal: Literal) -> str:
     if array.size <= 8:
         return f"{array.dtype}{array.shape}{array.tolist()}"
     return f"{literal_tensor(literal)}{sha256(np.ascontiguousarray(array).tobytes()).hexdigest()}"
-
-

@@ -47,7 +47,7 @@ def brute_force(problem: Problem, held: dict[int, int] | None = None) -> float:
 def test_the_ilp_equals_brute_force_on_graphs_of_up_to_six_operators(problem: Problem) -> None:
     best = brute_force(problem)
     if np.isinf(best):
-        with pytest.raises(PlanError, match="forbidden pair|no strategy"):
+        with pytest.raises(PlanError, match=r"forbidden pair|no strategy"):
             solve_ilp(problem)
     else:
         found = solve_ilp(problem)
