@@ -16,8 +16,8 @@ class Problem:
     """Choose one strategy per node so that node and edge seconds sum to the least; +inf forbids.
 
     node_seconds[v]: (strategies of v,); edge_seconds[u, v], u < v: (strategies of u, strategies of v);
-    node_bytes[v]: resident bytes of each strategy, whose sum may be limited.
-    Errors: PlanError if shapes disagree, or a cost is NaN or -inf, or bytes are negative.
+    node_bytes[v]: resident bytes of each strategy; their sum over the nodes is at most ``memory_limit_bytes``, if any.
+    Errors: PlanError if shapes disagree, or a cost is NaN or -inf, or bytes are negative or not finite.
     """
 
     node_seconds: tuple[FloatArray, ...]
@@ -53,19 +53,19 @@ class Problem:
 
     def seconds(self, choice: Sequence[int]) -> float:
         """The cost of an assignment."""
-        total = sum(float(costs[s]) for costs, s in zip(self.node_seconds, choice, strict=True))
+        total = sum((float(costs[s]) for costs, s in zip(self.node_seconds, choice, strict=True)), 0.0)
         return total + sum(float(costs[choice[u], choice[v]]) for (u, v), costs in self.edge_seconds.items())
 
     def bytes(self, choice: Sequence[int]) -> float:
         """The resident bytes of an assignment; 0 if none are given."""
         if self.node_bytes is None:
             return 0.0
-        return sum(float(b[s]) for b, s in zip(self.node_bytes, choice, strict=True))
+        return sum((float(b[s]) for b, s in zip(self.node_bytes, choice, strict=True)), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A solution. ``gap`` is the proved relative distance to the optimum, 0 when it is one."""
+    """A solution. ``gap``: the optimum is proved to be at least seconds - gap * |seconds|; 0 when this is one."""
 
     choice: tuple[int, ...]
     seconds: float

@@ -7,7 +7,7 @@ ever transposed and the minimum runs over whole contiguous rows.
 Source: Dechter, Bucket elimination, Artificial Intelligence 113 (1999) 41-85.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -68,8 +68,11 @@ class Elimination:
             )
         choice = dict(zip(self.keep, kept_choice, strict=True))
         for node, tables in reversed(self.trail):
-            rows = [t.seconds[(slice(None), *(choice[v] for v in t.scope[1:]))] for t in tables]
-            choice[node] = int(sum(rows[1:], rows[0]).argmin())
+            seconds = np.zeros(())
+            for table in tables:
+                where: tuple[slice | int, ...] = (slice(None), *(choice[v] for v in table.scope[1:]))
+                seconds = seconds + table.seconds[where]
+            choice[node] = int(seconds.argmin())
         return tuple(choice[v] for v in range(len(choice)))
 
 
@@ -167,7 +170,7 @@ def _least(parts: Sequence[FloatArray], shape: tuple[int, ...]) -> FloatArray:
 
 
 def _min_fill_order(
-    sizes: Sequence[int], edges: Sequence[tuple[int, int]], keep: Sequence[int], max_table_entries: int
+    sizes: Sequence[int], edges: Iterable[tuple[int, int]], keep: Sequence[int], max_table_entries: int
 ) -> tuple[int, ...]:
     """Nodes but ``keep``, each time the one that joins the fewest strangers, then with the smallest table, then first.
 
