@@ -76,12 +76,14 @@ def layer_layout(space: Space, choice: Sequence[int]) -> Layout:
 
 
 def _pinned(space: Space, choice: Sequence[int]) -> dict[int, str]:
-    """The values whose spec the plan states, and what they are; all others follow."""
+    """The values whose spec the plan states, and what they are: all that an operator of some node gives.
+
+    Followers too: the compiler would else choose for them, and now and then choose what was not priced.
+    """
     graph: LayerGraph = space.graph
     named: dict[int, str] = {}
     for index, op in enumerate(graph.operators):
-        node = space.node_of_operator[index]
-        if node >= 0 and (op.heavy or space.splits[index][choice[node]].contracted):
+        if space.node_of_operator[index] >= 0:
             named.update(dict.fromkeys(op.outputs, op.primitive))
     for what, group in (
         ("residual", graph.residuals),

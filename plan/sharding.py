@@ -71,48 +71,50 @@ def divides(tensor: Tensor, spec: Spec, mesh: LogicalMesh) -> bool:
     return all(size % mesh.size(axes) == 0 for size, axes in zip(tensor.shape, spec, strict=True))
 
 
-def reshard_seconds(tensor: Tensor, before: Spec, after: Spec, mesh: LogicalMesh) -> float:
-    """Seconds to bring an array from one spec to another on the same mesh.
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """One collective over mesh axes: ``elements`` of its result on one device, and the seconds it is priced at."""
+
+    kind: CollectiveKind
+    axes: Axes
+    elements: float
+    seconds: float
+
+
+def all_reduce(tensor: Tensor, spec: Spec, axes: Axes, mesh: LogicalMesh) -> tuple[Collective, ...]:
+    """The sum over ``axes`` of an array whose partial results lie in ``spec``; none where there is nothing to sum."""
+    if not axes:
+        return ()
+    seconds = mesh.all_reduce_seconds(local_bytes(tensor, spec, mesh), axes)
+    return (Collective("all_reduce", axes, tensor.elements / shards(spec, mesh), seconds),)
+
+
+def reshard(tensor: Tensor, before: Spec, after: Spec, mesh: LogicalMesh) -> tuple[Collective, ...]:
+    """The collectives that bring an array from one spec to another on the same mesh.
 
     An axis that moves to another dim is an all-to-all, one that disappears an all-gather, one that appears a slice,
     which is free. All-to-alls and slices come first: they work on the smallest pieces.
     """
     if before == after:
-        return 0.0
+        return ()
     old = {axis: dim for dim, axes in enumerate(before) for axis in axes}
     new = {axis: dim for dim, axes in enumerate(after) for axis in axes}
-    local = local_bytes(tensor, before, mesh)
-    seconds = 0.0
-    for axis, dim in sorted(old.items()):
-        if axis in new and new[axis] != dim:
-            seconds += mesh.collective_seconds("all_to_all", local * mesh.sizes[axis], axis)
-    for axis in new:
-        if axis not in old:
-            local /= mesh.sizes[axis]
-    for axis in sorted(old):
-        if axis not in new:
-            local *= mesh.sizes[axis]
-            seconds += mesh.collective_seconds("all_gather", local, axis)
-    return seconds
-
-
-def reshard_collectives(tensor: Tensor, before: Spec, after: Spec, mesh: LogicalMesh) -> list[tuple[str, float]]:
-    """The collectives that ``reshard_seconds`` prices, as (kind, elements of the result on one device)."""
-    old = {axis: dim for dim, axes in enumerate(before) for axis in axes}
-    new = {axis: dim for dim, axes in enumerate(after) for axis in axes}
+    item_bytes = tensor.bytes / max(tensor.elements, 1)
     local = tensor.elements / shards(before, mesh)
-    found: list[tuple[str, float]] = []
+    found = []
     for axis, dim in sorted(old.items()):
         if axis in new and new[axis] != dim:
-            found.append(("all_to_all", local))
+            seconds = mesh.collective_seconds("all_to_all", local * item_bytes * mesh.sizes[axis], axis)
+            found.append(Collective("all_to_all", (axis,), local, seconds))
     for axis in new:
         if axis not in old:
             local /= mesh.sizes[axis]
     for axis in sorted(old):
         if axis not in new:
             local *= mesh.sizes[axis]
-            found.append(("all_gather", local))
-    return found
+            seconds = mesh.collective_seconds("all_gather", local * item_bytes, axis)
+            found.append(Collective("all_gather", (axis,), local, seconds))
+    return tuple(found)
 
 
 def boundary_layouts(mesh: LogicalMesh) -> tuple[Axes, ...]:
@@ -122,7 +124,7 @@ def boundary_layouts(mesh: LogicalMesh) -> tuple[Axes, ...]:
 
 
 def boundary_spec(tensor: Tensor, layout: Axes, parts: int) -> Spec:
-    """The spec of a value between layers, cut into ``parts`` by ``layout``; whole where its first dim does not divide."""
+    """The spec of a value between layers, ``parts`` pieces by ``layout``; whole where its first dim does not divide."""
     if tensor.shape and tensor.shape[0] % parts == 0:
         return (layout, *((),) * (len(tensor.shape) - 1))
     return replicated(tensor)

@@ -17,11 +17,12 @@ from meshwright.plan.sharding import (
     Axes,
     LogicalMesh,
     Spec,
+    all_reduce,
     boundary_layouts,
     boundary_spec,
     local_bytes,
     replicated,
-    reshard_seconds,
+    reshard,
 )
 from meshwright.simulate.compute import op_seconds
 
@@ -69,11 +70,23 @@ class OperatorSplit:
     shards: int
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A reader in ``node`` takes a value that lives at ``home`` in the spec ``wanted`` of each of its strategies."""
+
+    value: int
+    component: int  # of the cost vector, to which the change is charged
+    home: Home
+    node: int
+    wanted: tuple[Spec, ...]
+
+
 @dataclass(slots=True)
 class Space:
     """The strategy space of a layer.
 
-    ``splits[o]`` has one entry per strategy of node ``node_of_operator[o]``, which is -1 for a constant.
+    ``splits[o]`` has one entry per strategy of node ``node_of_operator[o]``, which is -1 for a constant. ``changes``
+    are the reshards that the edges charge.
     """
 
     graph: LayerGraph
@@ -84,6 +97,7 @@ class Space:
     homes: dict[int, Home] = field(default_factory=dict)
     splits: list[tuple[OperatorSplit, ...]] = field(default_factory=list)
     node_of_operator: list[int] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
     partial: dict[int, int] = field(
         default_factory=dict
     )  # value whose sum may wait -> the operator that leaves it partial
@@ -220,6 +234,9 @@ class _Builder:
         self.producer = graph.producer()
         self.pending = {*graph.parameters, *graph.batch}  # no home yet: the first reader decides
         self.free: set[int] = set()  # constants: any spec at no cost
+        self.of_parameters = set(graph.parameters)  # functions of parameters alone
+        self.content = [t.elements for t in graph.tensors]  # elements, those of a broadcast counted once
+        self.changes: set[Change] = set()
         self._reshard: dict[tuple[Tensor, Spec, Spec], float] = {}
 
     # -- nodes and edges ------------------------------------------------------------------------------------------
@@ -228,8 +245,9 @@ class _Builder:
         self.space.node_costs.append(np.zeros((len(COMPONENTS), strategies)))
         return len(self.space.node_costs) - 1
 
-    def _add_edge(self, component: int, home: Home, node: int, wanted: Sequence[Spec], tensor: Tensor) -> None:
+    def _add_edge(self, component: int, value: int, node: int, wanted: Sequence[Spec]) -> None:
         """Charge resharding from a value's home to the specs that each strategy of ``node`` wants."""
+        home, tensor = self.space.homes[value], self.graph.tensors[value]
         here = list(dict.fromkeys(home.specs))
         there = list(dict.fromkeys(wanted))
         if here == there and len(here) == 1:
@@ -237,6 +255,11 @@ class _Builder:
         small = np.array([[self._reshard_seconds(tensor, a, b) for b in there] for a in here])
         if not small.any():
             return
+        change = Change(value, component, home, node, tuple(wanted))
+        if change in self.changes:  # another reader that follows the same node takes the same copy
+            return
+        self.changes.add(change)
+        self.space.changes.append(change)
         rows = np.array([here.index(s) for s in home.specs])
         columns = np.array([there.index(s) for s in wanted])
         if home.node == node:
@@ -252,7 +275,7 @@ class _Builder:
     def _reshard_seconds(self, tensor: Tensor, before: Spec, after: Spec) -> float:
         key = (tensor, before, after)
         if key not in self._reshard:
-            self._reshard[key] = reshard_seconds(tensor, before, after, self.mesh)
+            self._reshard[key] = sum(c.seconds for c in reshard(tensor, before, after, self.mesh))
         return self._reshard[key]
 
     def _demand(self, value: int, node: int, wanted: tuple[Spec, ...], component: int) -> None:
@@ -260,7 +283,7 @@ class _Builder:
         if value in self.free:
             return
         if value in self.space.homes:
-            self._add_edge(component, self.space.homes[value], node, wanted, self.graph.tensors[value])
+            self._add_edge(component, value, node, wanted)
             return
         self.pending.discard(value)
         self.space.homes[value] = Home(node, wanted)
@@ -325,6 +348,15 @@ class _Builder:
     def _place(self, index: int, op: Operator) -> None:
         component = FM if op.phase == "forward" else BM
         settled = [v for v in op.inputs if v in self.space.homes]
+        if not op.heavy and op.inputs:
+            content = max(self.content[v] for v in op.inputs)
+            for out in op.outputs:
+                self.content[out] = min(self.content[out], content)
+            if all(v in self.of_parameters or v in self.free for v in op.inputs):
+                self.of_parameters.update(op.outputs)
+                if any(self.graph.tensors[out].elements > content for out in op.outputs):
+                    self.pending.update(op.outputs)  # a bias spread over activations is laid out as they are
+                    return
         if not settled:
             if all(v in self.free for v in op.inputs) and not op.heavy:
                 self.free.update(op.outputs)
@@ -339,7 +371,7 @@ class _Builder:
             splits = enumerate_splits(op, self.mesh, self.roles, samples)
             node = self._new_node(len(splits))
         else:
-            leader = max(settled, key=lambda v: (self.graph.tensors[v].elements, self.producer.get(v, -1)))
+            leader = max(settled, key=lambda v: (self.content[v], self.producer.get(v, -1)))
             home = self.space.homes[leader]
             node = home.node
             dims = op.rule.operands[op.inputs.index(leader)]
@@ -383,14 +415,14 @@ class _Builder:
             self._find_partial(gradient, readers)
             if gradient in space.homes:
                 home = space.homes[parameter]
-                self._add_edge(OM, space.homes[gradient], home.node, home.specs, graph.tensors[gradient])
+                self._add_edge(OM, gradient, home.node, home.specs)
 
     def _return(self, value: int, node: int, component: int) -> None:
         wanted = tuple(
             boundary_spec(self.graph.tensors[value], layout, self.mesh.size(layout)) for layout in self.space.layouts
         )
         if value in self.space.homes:
-            self._add_edge(component, self.space.homes[value], node, wanted, self.graph.tensors[value])
+            self._add_edge(component, value, node, wanted)
 
     def _find_partial(self, gradient: int, readers: Mapping[int, list[int]]) -> None:
         """Mark the chain from a contraction to a gradient: its sum over devices may wait until the iteration's end."""
@@ -425,8 +457,9 @@ class _Builder:
             for strategy, split in enumerate(space.splits[index]):
                 if split not in priced:
                     sums = sum(
-                        mesh.all_reduce_seconds(local_bytes(graph.tensors[v], spec, mesh), split.contracted)
+                        collective.seconds
                         for v, spec in zip(op.outputs, split.results, strict=True)
+                        for collective in all_reduce(graph.tensors[v], spec, split.contracted, mesh)
                     )
                     priced[split] = (self._compute_seconds(op, moved[index], split), sums)
                 seconds, sums = priced[split]
