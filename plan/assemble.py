@@ -30,29 +30,47 @@ def assemble(pricer: StagePricer, chosen: Sequence[Stage], cluster: Cluster) -> 
     stages = []
     for stage, cost in zip(chosen, costs, strict=True):
         kind = pricer.kinds[stage.kind]
+        axis_names = _axis_names(kind, cost)
         used = []
         for table, choice in zip(cost.tables, cost.choices, strict=True):
-            layout = layer_layout(table.space, choice)
+            layout = layer_layout(table.space, choice, axis_names)
             key = repr(layout).encode()
             if key not in names:
                 names[key] = f"layout {len(names)}"
                 layouts[names[key]] = layout
             used.append(names[key])
-        stages.append(_planned(stage, kind, cost, tuple(used)))
+        stages.append(_planned(stage, kind, cost, tuple(used), axis_names))
     owner_stage = {layer: i for i, s in enumerate(chosen) for layer in range(s.first_layer, s.last_layer)}
     transfers = _transfers(pricer, chosen, costs, owner_stage, cluster)
     ties, tied = _ties(pricer.setting.graph, pricer, chosen, owner_stage, cluster)
     return Assembly(tuple(stages), layouts, (*transfers, *ties), tied)
 
 
-def layer_layout(space: Space, choice: Sequence[int]) -> Layout:
-    """The specs that a layer's assignment pins."""
+def _axis_names(kind: MeshKind, cost: StageCost) -> tuple[str, ...]:
+    """What the mesh's axes are called: a lone axis is "tensor" if it splits most bytes of the weights, else "data"."""
+    if len(kind.mesh.sizes) > 1:
+        return AXIS_NAMES
+    whole = split = 0
+    for table, choice in zip(cost.tables, cost.choices, strict=True):
+        for parameter in table.space.graph.parameters:
+            size = table.space.graph.tensors[parameter].bytes
+            whole += size
+            split += size * any(table.space.spec(parameter, choice) or ())
+    return ("tensor",) if 2 * split > whole else ("data",)
+
+
+def layer_layout(space: Space, choice: Sequence[int], names: Sequence[str] = AXIS_NAMES) -> Layout:
+    """The specs that a layer's assignment pins, with the mesh axes called ``names``."""
     graph = space.graph
+
+    def axes_of(value: int) -> str:
+        return axes_text(space.partial_axes(value, choice), names)
+
     values: dict[str, str] = {}
     for value, what in _pinned(space, choice).items():
         spec = space.spec(value, choice)
         if spec is not None:
-            values[f"{value}:{what}"] = spec_text(spec)
+            values[f"{value}:{what}"] = spec_text(spec, names)
     operands: dict[str, str] = {}
     for index, op in enumerate(graph.operators):
         node = space.node_of_operator[index]
@@ -62,8 +80,8 @@ def layer_layout(space: Space, choice: Sequence[int]) -> Layout:
         for position, operand in enumerate(op.inputs):
             home = space.spec(operand, choice)
             if home is not None and home != split.operands[position]:
-                operands[f"{index}.{position}"] = spec_text(split.operands[position])
-    partial = {str(v): axes_text(space.partial_axes(v, choice)) for v in space.partial if space.partial_axes(v, choice)}
+                operands[f"{index}.{position}"] = spec_text(split.operands[position], names)
+    partial = {str(v): axes_of(v) for v in space.partial if space.partial_axes(v, choice)}
     splits: dict[str, str] = {}
     for index in sorted({space.partial[int(v)] for v in partial}):
         split = space.splits[index][choice[space.node_of_operator[index]]]
@@ -71,7 +89,7 @@ def layer_layout(space: Space, choice: Sequence[int]) -> Layout:
         for position, (dims, spec) in enumerate(zip(rule.operands, split.operands, strict=True)):
             for dim, (factor, axes) in enumerate(zip(dims, spec, strict=True)):
                 if factor in rule.contracted and axes:
-                    splits[f"{index}.{position}.{dim}"] = axes_text(axes)
+                    splits[f"{index}.{position}.{dim}"] = axes_text(axes, names)
     return Layout(values=values, operands=operands, partial=partial, splits=splits)
 
 
@@ -99,17 +117,19 @@ def _pinned(space: Space, choice: Sequence[int]) -> dict[int, str]:
     return dict(sorted(named.items()))
 
 
-def axes_text(axes: Axes) -> str:
-    return "+".join(AXIS_NAMES[a] for a in axes) or "-"
+def axes_text(axes: Axes, names: Sequence[str] = AXIS_NAMES) -> str:
+    return "+".join(names[a] for a in axes) or "-"
 
 
-def _planned(stage: Stage, kind: MeshKind, cost: StageCost, used: tuple[str, ...]) -> PlannedStage:
+def _planned(
+    stage: Stage, kind: MeshKind, cost: StageCost, used: tuple[str, ...], names: Sequence[str]
+) -> PlannedStage:
     mesh = kind.mesh
     return PlannedStage(
         layers=(stage.first_layer, stage.last_layer),
         devices=tuple(range(stage.first_device, stage.first_device + mesh.devices)),
-        mesh=dict(mesh.axes),
-        boundaries=tuple(axes_text(kind.layouts[b]) for b in cost.layouts),
+        mesh=dict(zip(names, mesh.sizes, strict=False)),
+        boundaries=tuple(axes_text(kind.layouts[b], names) for b in cost.layouts),
         layouts=used,
         forward_compute_seconds=cost.forward_compute_seconds,
         forward_communication_seconds=cost.forward_communication_seconds,

@@ -149,7 +149,7 @@ def search(graphs: Graphs, request: Request, progress: Progress | None = None) -
         raise PlanError(_why_nothing_fits(reasons, judged, request))
     best_seconds = min(j.predicted.iteration_seconds for j in fitting)
     close = [j for j in fitting if j.predicted.iteration_seconds <= best_seconds * _CLOSE]
-    winner = min(close, key=lambda j: (*j.simplicity, j.predicted.iteration_seconds))
+    winner = min(close, key=lambda j: (*j.simplicity, j.predicted.peak_memory_bytes, j.predicted.iteration_seconds))
     return _plan(winner, judged, request, clock, time.perf_counter() - begun)
 
 

@@ -1,5 +1,6 @@
 """Sharding specs and what it costs to change one: the vocabulary of the intra-operator planner."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -130,9 +131,9 @@ def boundary_spec(tensor: Tensor, layout: Axes, parts: int) -> Spec:
     return replicated(tensor)
 
 
-def spec_text(spec: Spec) -> str:
+def spec_text(spec: Spec, names: Sequence[str] = AXIS_NAMES) -> str:
     """("data,-,tensor") one word a dim: the axes that split it joined by "+", or "-"."""
-    return ",".join("+".join(AXIS_NAMES[a] for a in axes) or "-" for axes in spec)
+    return ",".join("+".join(names[a] for a in axes) or "-" for axes in spec)
 
 
 def parse_spec(text: str) -> Spec:
