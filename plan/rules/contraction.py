@@ -35,16 +35,15 @@ def dot_general_flops(params: Mapping[str, Any], operands: Sequence[Tensor], res
 def conv_general_dilated(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:
     """Batch and output channels are free, input channels contracted; spatial dims stay whole (no halo exchange).
 
-    Grouped convolutions (``feature_group_count`` or ``batch_group_count`` above 1) split only the batch or nothing.
+    Grouped convolutions stay whole: XLA's partitioner exchanges data for every way to split them, even by the batch.
     """
     numbers = params["dimension_numbers"]
     lhs_batch, lhs_feature = numbers.lhs_spec[0], numbers.lhs_spec[1]
     rhs_out, rhs_in = numbers.rhs_spec[0], numbers.rhs_spec[1]
     out_batch, out_feature = numbers.out_spec[0], numbers.out_spec[1]
     factors = Factors(operands, results)
-    if params["batch_group_count"] == 1:
-        factors.tie(("in", 0, lhs_batch), ("out", 0, out_batch))
     if params["feature_group_count"] == 1 and params["batch_group_count"] == 1:
+        factors.tie(("in", 0, lhs_batch), ("out", 0, out_batch))
         factors.tie(("in", 1, rhs_out), ("out", 0, out_feature))
         factors.tie(("in", 0, lhs_feature), ("in", 1, rhs_in), contracted=True)
     return factors.rule()

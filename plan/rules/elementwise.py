@@ -5,7 +5,7 @@ from math import gcd, prod
 from typing import Any
 
 from meshwright.plan.graph import Rule, Tensor
-from meshwright.plan.rules.base import Factors
+from meshwright.plan.rules.base import Factors, replicated
 
 ELEMENTWISE = (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj convert_element_type "
@@ -121,10 +121,8 @@ def untouched_dims(params: Mapping[str, Any], operands: Sequence[Tensor], result
 
 
 def top_k(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:
-    factors = Factors(operands, results)
-    for dim in range(len(results[0].shape) - 1):
-        factors.tie(("in", 0, dim), ("out", 0, dim), ("out", 1, dim))
-    return factors.rule()
+    """Stays whole: to XLA's partitioner it is an opaque call, whose operand it gathers even where rows are split."""
+    return replicated(operands, results)
 
 
 def reduce(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:

@@ -108,7 +108,11 @@ def cut_into_layers(forward: Forward, cutter: Cutter) -> list[Cut]:
     """
     cheap = _cheap_equations(forward)
     chain = [eqn for eqn in forward.equations if id(eqn) not in cheap]
-    if not chain:
+    from_batch = set(forward.batch_values)
+    for eqn in chain:
+        if from_batch.intersection(eqn.reads):
+            from_batch.update(eqn.outputs)
+    if forward.loss not in from_batch:
         raise ModelError("the loss does not depend on the batch; there is nothing to plan")
     leaves = len(forward.parameters) + len(forward.batch)
     maker = {out: eqn for eqn in forward.equations for out in eqn.outputs}
