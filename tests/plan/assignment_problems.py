@@ -1,4 +1,4 @@
-"""Small problems to draw, sparse ones to make, and every assignment tried: what the tests of both solvers share."""
+"""Small problems to draw, and every assignment of them tried: what the tests of both solvers share."""
 
 from collections.abc import Mapping
 from itertools import product
@@ -51,18 +51,3 @@ def every_assignment(problem: Problem, fixed: Mapping[int, int] | None = None) -
 def brute_force(problem: Problem, fixed: Mapping[int, int] | None = None) -> float:
     """Least seconds over all assignments; +inf if none is allowed."""
     return min(map(problem.seconds, every_assignment(problem, fixed)), default=np.inf)
-
-
-def sparse_problem(seed: int, nodes: int, treewidth: int, strategies: int) -> Problem:
-    """A random partial k-tree: each node joins some of a clique of earlier ones; costs uniform up to 1 µs."""
-    rng = np.random.default_rng(seed)
-    cliques = [tuple(range(treewidth))]
-    edges = {}
-    for v in range(treewidth, nodes):
-        clique = cliques[rng.integers(len(cliques))]
-        for u in clique:
-            if rng.random() < 0.8:
-                edges[u, v] = rng.random((strategies, strategies)) * 1e-6
-        cliques += [(*clique[:i], *clique[i + 1 :], v) for i in range(treewidth)]
-    node_bytes = tuple(rng.random(strategies) * 1e9 for _ in range(nodes))
-    return Problem(tuple(rng.random(strategies) * 1e-6 for _ in range(nodes)), edges, node_bytes)

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.benchmarks.assignment import random_problem
 from meshwright.errors import PlanError
 from meshwright.plan import elimination
 from meshwright.plan.assignment import Problem
 from meshwright.plan.elimination import Elimination, TreewidthError, eliminate
 from meshwright.plan.ilp import solve_ilp
-from tests.plan.assignment_problems import brute_force, problems, sparse_problem
+from tests.plan.assignment_problems import brute_force, problems
 
 
 def backtracks_to_its_table(problem: Problem, result: Elimination) -> None:
@@ -51,7 +52,7 @@ def test_blocks_of_any_size_give_the_same_table(problem: Problem) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_it_agrees_with_the_ilp_on_fifteen_nodes(seed: int) -> None:
-    problem = sparse_problem(seed, nodes=15, treewidth=3, strategies=4)
+    problem = random_problem(seed, nodes=15, treewidth=3, strategies=4, density=0.8)
     result = eliminate(problem, keep=(14, 0))
     backtracks_to_its_table(problem, result)
     kept = np.unravel_index(seed, result.table.shape)

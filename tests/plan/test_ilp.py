@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.benchmarks.assignment import random_problem
 from meshwright.errors import PlanError
 from meshwright.plan.assignment import Problem
+from meshwright.plan.elimination import eliminate
 from meshwright.plan.ilp import Solver, solve_ilp
-from tests.plan.assignment_problems import brute_force, every_assignment, problems, sparse_problem
+from tests.plan.assignment_problems import brute_force, every_assignment, problems
 
 pytestmark = pytest.mark.filterwarnings("ignore:PULP_CBC_CMD:DeprecationWarning")
 
@@ -125,13 +127,11 @@ def test_cbc_stands_in_where_highspy_is_missing(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("solver", ["highs", "cbc"])
 def test_no_time_is_said_to_be_too_little(solver: Solver) -> None:
     with pytest.raises(PlanError, match="found no assignment in 0 s; allow more time"):
-        solve_ilp(sparse_problem(seed=0, nodes=24, treewidth=5, strategies=8), time_limit_seconds=0.0, solver=solver)
+        solve_ilp(random_problem(seed=0, nodes=24, treewidth=5, strategies=8), time_limit_seconds=0.0, solver=solver)
 
 
 def test_stopped_early_it_returns_the_best_found_and_a_gap_that_covers_the_optimum() -> None:
-    from meshwright.plan.elimination import eliminate
-
-    problem = sparse_problem(seed=0, nodes=24, treewidth=5, strategies=8)
+    problem = random_problem(seed=0, nodes=24, treewidth=5, strategies=8)
     optimum = float(eliminate(problem).table)
     found = solve_ilp(problem, time_limit_seconds=3.0)
     assert 0 < found.gap < 1
