@@ -25,6 +25,7 @@ from meshwright.plan.space import (
     SAVED,
     STATIC,
     FloatArray,
+    IntArray,
     Memory,
     Space,
     build_space,
@@ -90,6 +91,7 @@ class StagePricer:
     use_ilp: bool = False
     spaces: SpaceCache = field(default_factory=dict)  # shared by pricers of one graph: spaces know no remat, no price
     tables: dict[tuple[int, int], LayerTable] = field(default_factory=dict)
+    chains: dict[tuple[int, tuple[int, ...]], "_Chain"] = field(default_factory=dict)
     ilp_solves: int = 0
 
     def layer_table(self, layer_class: int, kind: int) -> LayerTable:
@@ -119,14 +121,17 @@ class StagePricer:
         once, static, saved, transient = (np.zeros(shape) for _ in range(4))
         for k, kind in enumerate(kinds):
             a = len(kind.layouts)
+            places: dict[_Chain, tuple[list[int], list[int]]] = {}  # stages of equal layers are priced once
             for first in range(count):
-                chain = _Chain(self, k)
                 for last in range(first + 1, count + 1):
-                    chain.extend(graph.layers[last - 1].layer_class)
-                    place = (first, last, k, slice(0, a), slice(0, a))
-                    seconds[place], once[place] = self._seconds(chain.costs, kind.mesh)
-                    static[place], saved[place] = chain.costs[STATIC], chain.saved
-                    transient[place] = chain.transient
+                    firsts, lasts = places.setdefault(self._chain(first, last, k), ([], []))
+                    firsts.append(first)
+                    lasts.append(last)
+            for chain, (firsts, lasts) in places.items():
+                place = (firsts, lasts, k, slice(0, a), slice(0, a))
+                seconds[place], once[place] = self._seconds(chain.costs, kind.mesh)
+                static[place], saved[place] = chain.costs[STATIC], chain.saved
+                transient[place] = chain.transient
         return StageTable(
             seconds=seconds,
             once_seconds=once,
@@ -140,6 +145,15 @@ class StagePricer:
             total_devices=cluster.devices,
         )
 
+    def _chain(self, first: int, last: int, kind: int) -> "_Chain":
+        """Layers first..last-1 joined; chains of equal layers are one and the same object."""
+        classes = tuple(use.layer_class for use in self.setting.graph.layers[first:last])
+        key = (kind, classes)
+        if key not in self.chains:
+            layer = _Chain.of(self.layer_table(classes[-1], kind), self.setting.remat)
+            self.chains[key] = self._chain(first, last - 1, kind).then(layer) if len(classes) > 1 else layer
+        return self.chains[key]
+
     def _seconds(self, costs: FloatArray, mesh: LogicalMesh) -> tuple[FloatArray, FloatArray]:
         slow = self.setting.compute_slowdown
         forward = slow * costs[FC] + costs[FM]
@@ -148,9 +162,7 @@ class StagePricer:
 
     def cost(self, first: int, last: int, kind: int, entry: int, leave: int) -> StageCost:
         """One stage in full, with the layouts inside it and the strategies of its layers."""
-        chain = _Chain(self, kind)
-        for layer in range(first, last):
-            chain.extend(self.setting.graph.layers[layer].layer_class)
+        chain = self._chain(first, last, kind)
         layouts = chain.backtrack(entry, leave)
         tables = tuple(self.layer_table(self.setting.graph.layers[x].layer_class, kind) for x in range(first, last))
         costs = chain.costs[:, entry, leave]
@@ -228,36 +240,36 @@ def transfer_cost(
     return seconds, link.latency_seconds.value
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Chain:
     """Layers joined one by one; ``costs``, ``saved`` and ``transient`` are those of the best inner layouts."""
 
-    def __init__(self, pricer: StagePricer, kind: int) -> None:
-        self.pricer, self.kind = pricer, kind
-        self.objective: FloatArray | None = None
-        self.costs: FloatArray = np.zeros(0)
-        self.saved: FloatArray = np.zeros(0)
-        self.transient: FloatArray = np.zeros(0)
-        self.joints: list[np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = []
+    objective: FloatArray
+    costs: FloatArray
+    saved: FloatArray
+    transient: FloatArray
+    joints: tuple[IntArray, ...] = ()  # per inner cut, the best layout there for each (entry, exit) up to that layer
 
-    def extend(self, layer_class: int) -> None:
-        table = self.pricer.layer_table(layer_class, self.kind)
-        remat = self.pricer.setting.remat
+    @staticmethod
+    def of(table: LayerTable, remat: bool) -> "_Chain":
         entry_bytes = _entry_bytes(table)[:, None] + np.zeros_like(table.objective)
         saved = entry_bytes if remat else table.costs[SAVED]
         transient = table.transient_bytes + (table.costs[SAVED] if remat else 0.0)
-        if self.objective is None:
-            self.objective, self.costs = table.objective, table.costs
-            self.saved, self.transient = saved, transient
-            return
-        total = self.objective[:, :, None] + table.objective[None, :, :]  # (entry, between, exit)
+        return _Chain(table.objective, table.costs, saved, transient)
+
+    def then(self, layer: "_Chain") -> "_Chain":
+        """The min-plus product: this chain, then one more layer."""
+        total = self.objective[:, :, None] + layer.objective[None, :, :]  # (entry, between, exit)
         best = total.argmin(axis=1)
         rows = np.arange(best.shape[0])[:, None]
         columns = np.arange(best.shape[1])[None, :]
-        self.joints.append(best)
-        self.objective = np.take_along_axis(total, best[:, None, :], axis=1)[:, 0, :]
-        self.costs = self.costs[:, rows, best] + table.costs[:, best, columns]
-        self.saved = self.saved[rows, best] + saved[best, columns]
-        self.transient = np.maximum(self.transient[rows, best], transient[best, columns])
+        return _Chain(
+            objective=total[rows, best, columns],
+            costs=self.costs[:, rows, best] + layer.costs[:, best, columns],
+            saved=self.saved[rows, best] + layer.saved[best, columns],
+            transient=np.maximum(self.transient[rows, best], layer.transient[best, columns]),
+            joints=(*self.joints, best),
+        )
 
     def backtrack(self, entry: int, leave: int) -> tuple[int, ...]:
         layouts = [leave]
