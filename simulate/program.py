@@ -71,6 +71,19 @@ Instruction = Forward | Backward | Send | Receive | Reduce | Update
 Program = tuple[tuple[Instruction, ...], ...]
 
 
+def maker(send: Send) -> Instruction:
+    """The instruction whose result is sent."""
+    match send.what:
+        case "activation":
+            return Forward(send.stage, send.microbatch)
+        case "cotangent":
+            return Backward(send.stage, send.microbatch)
+        case "gradient":
+            return Reduce(send.stage)
+        case "parameter":
+            return Update(send.stage)
+
+
 def word(instruction: Instruction) -> str:
     """One instruction as a word without spaces; ``parse_word`` is the inverse."""
     match instruction:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshwright.simulate.program import Backward, Forward, Instruction, Receive, Reduce, Send, Update, word
-from meshwright.simulate.timeline import COMPUTE, Event, Timeline
+from meshwright.simulate.program import Backward, Forward, Instruction, Receive, Reduce, Send, Update, maker, word
+from meshwright.simulate.timeline import Event, Timeline
 
 Record = dict[str, Any]
 
@@ -47,18 +47,12 @@ def _process(process: int, name: str, timeline: Timeline) -> Iterator[Record]:
         thread = {"ph": "M", "pid": process, "tid": mesh + 1}
         yield {**thread, "name": "thread_name", "args": {"name": mesh_label(mesh, devices)}}
         yield {**thread, "name": "thread_sort_index", "args": {"sort_index": mesh}}
-    sent: dict[Instruction, tuple[int, Event]] = {}
-    maker: dict[int, Event] = {}
-    for number, event in enumerate(_in_order(timeline.events)):
+    ran = {event.instruction: event for event in timeline.events}
+    for number, event in enumerate(timeline.events):
         step = event.instruction
         if isinstance(step, Send):
-            yield from _transfer(process, number, event)
-            if event.mesh in maker:
-                sent[step] = (number, maker[event.mesh])
-            continue
-        if isinstance(step, COMPUTE):
-            maker[event.mesh] = event
-        if _nanoseconds(event.end_seconds) > _nanoseconds(event.start_seconds):
+            yield from _transfer(f"{process}.{number}", process, event, step)
+        elif _nanoseconds(event.end_seconds) > _nanoseconds(event.start_seconds):
             yield {
                 **_at(process, event.mesh, event.start_seconds),
                 "ph": "X",
@@ -67,14 +61,10 @@ def _process(process: int, name: str, timeline: Timeline) -> Iterator[Record]:
                 "cat": type(step).__name__.lower(),
                 "args": {"instruction": word(step)},
             }
-    for event in timeline.events:
-        step = event.instruction
-        if isinstance(step, Receive) and (send := Send(step.source, step.stage, step.what, step.microbatch)) in sent:
-            number, made = sent[send]
-            arrow = {"cat": "transfer", "name": step.what, "id": number}
-            middle = (made.start_seconds + made.end_seconds) / 2
-            yield {**_at(process, made.mesh, middle), **arrow, "ph": "s"}
-            yield {**_at(process, event.mesh, event.end_seconds), **arrow, "ph": "f", "bp": "e"}
+        if isinstance(step, Receive):
+            made = ran.get(maker(Send(step.source, step.stage, step.what, step.microbatch)))
+            if made is not None:
+                yield from _arrow(f"{process}.{number}", process, made, event, step.what)
     for mesh, steps in enumerate(timeline.live_bytes):
         for seconds, held in steps:
             counter = f"mesh {mesh} bytes per device"
@@ -87,21 +77,17 @@ def _process(process: int, name: str, timeline: Timeline) -> Iterator[Record]:
             }
 
 
-def _in_order(events: Sequence[Event]) -> list[Event]:
-    """By time; a computation that ends when a send begins comes before the send that it feeds."""
-    return sorted(events, key=lambda e: (e.start_seconds, isinstance(e.instruction, Send), e.end_seconds))
-
-
-def _transfer(process: int, number: int, event: Event) -> Iterator[Record]:
-    send = event.instruction
-    assert isinstance(send, Send)
-    slice_ = {
-        "cat": "transfer",
-        "name": f"stage {send.stage} → {send.target}: {send.what}",
-        "id": f"{process}.{number}",
-    }
+def _transfer(identity: str, process: int, event: Event, send: Send) -> Iterator[Record]:
+    slice_ = {"cat": "transfer", "name": f"stage {send.stage} → {send.target}: {send.what}", "id": identity}
     yield {**_at(process, event.mesh, event.start_seconds), **slice_, "ph": "b", "args": {"instruction": word(send)}}
     yield {**_at(process, event.mesh, event.end_seconds), **slice_, "ph": "e"}
+
+
+def _arrow(identity: str, process: int, made: Event, arrived: Event, what: str) -> Iterator[Record]:
+    """From the middle of what made a payload to the slice that runs where it is first of use."""
+    arrow = {"cat": "payload", "name": what, "id": identity}
+    yield {**_at(process, made.mesh, (made.start_seconds + made.end_seconds) / 2), **arrow, "ph": "s"}
+    yield {**_at(process, arrived.mesh, arrived.end_seconds), **arrow, "ph": "f", "bp": "e"}
 
 
 def _title(step: Instruction) -> str:

@@ -4,7 +4,18 @@ from collections import Counter
 from collections.abc import Sequence
 
 from meshwright.errors import ScheduleError
-from meshwright.simulate.program import Backward, Forward, Instruction, Program, Receive, Reduce, Send, Update, word
+from meshwright.simulate.program import (
+    Backward,
+    Forward,
+    Instruction,
+    Program,
+    Receive,
+    Reduce,
+    Send,
+    Update,
+    maker,
+    word,
+)
 
 
 def verify(program: Program, edges: Sequence[tuple[int, int]] | None = None) -> None:
@@ -68,7 +79,7 @@ def _matched(program: Program, place: Place, microbatches: int, edges: Sequence[
         match step:
             case Send(stage, target, what, m):
                 other: Instruction = Receive(target, stage, what, m)
-                made = _maker(stage, what, m)
+                made = maker(step)
                 if made not in place or place[made][1] > position:
                     raise ScheduleError(f"{word(step)} sends what {word(made)} has not made yet")
                 if what == "activation":
@@ -94,19 +105,6 @@ def _matched(program: Program, place: Place, microbatches: int, edges: Sequence[
             source, target = wrong[0]
             state = "is not sent" if wrong[0] in wanted else "is sent but is no edge"
             raise ScheduleError(f"the activation from stage {source} to stage {target} {state}")
-
-
-def _maker(stage: int, what: str, microbatch: int) -> Instruction:
-    """The instruction that makes a payload."""
-    match what:
-        case "activation":
-            return Forward(stage, microbatch)
-        case "cotangent":
-            return Backward(stage, microbatch)
-        case "gradient":
-            return Reduce(stage)
-        case _:
-            return Update(stage)
 
 
 def _user(stage: int, what: str, microbatch: int) -> Instruction | None:

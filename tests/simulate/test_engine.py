@@ -44,7 +44,7 @@ def slow(tasks: Tasks) -> tuple[list[float], list[float]] | None:
         edges = range(tasks.edge_start[task], tasks.edge_start[task + 1])
         arrivals = [end[tasks.edge_from[e]] + tasks.edge_latency_seconds[e] for e in edges]
         mates = [t for t in range(task) if tasks.executor[t] == tasks.executor[task] >= 0]
-        return max([0.0, *arrivals, *(end[t] for t in mates)])
+        return max([0.0, *map(float, arrivals), *(end[t] for t in mates)])
 
     def rate(task: int) -> float:
         which = tasks.resource[task]
