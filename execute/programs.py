@@ -92,7 +92,9 @@ class _StageBuilder:
             return array
         return jax.lax.with_sharding_constraint(array, sharding(self.mesh, spec, leading))
 
-    def _evaluate(self, equations: Sequence[Equation], first: int, layout: LayerLayout, values: dict[int, Array]) -> None:
+    def _evaluate(
+        self, equations: Sequence[Equation], first: int, layout: LayerLayout, values: dict[int, Array]
+    ) -> None:
         """Run equations numbered from ``first``, pinning operands and results as the layout says."""
         for index, eqn in enumerate(equations, start=first):
             arguments = []
@@ -117,32 +119,40 @@ class _StageBuilder:
     ) -> list[Array]:
         """Run an equation so that its sum over ``axes`` is left undone: one partial result per device along each axis.
 
-        Where the sum begins, the summed dims are cut by the axes and the equation is mapped over the parts; after that
-        it is mapped over the parts that are there already.
+        Where the sum begins, every device along ``axes`` runs the equation on its own part of the summed dims; after
+        that the equation is mapped over the parts that are there already.
         """
         reads_partial = [isinstance(x, int) and x in layout.partial for x in eqn.inputs]
-        function: Any = partial(_apply_flat, eqn)
         if any(reads_partial):
+            function: Any = partial(_apply_flat, eqn)
             for _ in axes:
                 function = jax.vmap(function, in_axes=[0 if p else None for p in reads_partial])
             return list(function(*arguments))
-        cut = dict(zip([i for i, x in enumerate(eqn.inputs) if isinstance(x, int)], range(len(eqn.inputs)), strict=False))
-        arrays = list(arguments)
-        mapped: list[list[int | None]] = []
-        for depth, axis in enumerate(axes):
-            in_axes: list[int | None] = [None] * len(arrays)
-            for at, position in cut.items():
-                for dim in range(arrays[at].ndim):
-                    original = dim - sum(level[at] is not None for level in mapped)
-                    if original >= 0 and axis in layout.splits.get((index, position, original), ()):
-                        arrays[at] = _cut(arrays[at], dim, self.sizes[axis], depth_of(mapped, at))
-                        in_axes[at] = 0
-                        break
-            mapped.append(in_axes)
-            del depth
-        for in_axes in reversed(mapped):
-            function = jax.vmap(function, in_axes=in_axes)
-        return list(function(*arrays))
+        places = [place for place, x in enumerate(eqn.inputs) if isinstance(x, int)]
+
+        def own_part(*parts: Array) -> list[Array]:
+            operands = list(arguments)
+            for place, part in zip(places, parts, strict=True):
+                operands[place] = part
+            return [jnp.expand_dims(result, tuple(range(len(axes)))) for result in apply(eqn, operands)]
+
+        def cut(position: int, dims: int) -> PartitionSpec:
+            split = [
+                tuple(a for a in layout.splits.get((index, position, dim), ()) if a in axes) for dim in range(dims)
+            ]
+            return PartitionSpec(*(names or None for names in split))
+
+        # By hand: the partitioner gathers the operands of a convolution that is mapped over parts of its batch.
+        return list(
+            jax.shard_map(
+                own_part,
+                mesh=self.mesh,
+                in_specs=tuple(cut(position, arguments[place].ndim) for position, place in enumerate(places)),
+                out_specs=PartitionSpec(*axes),
+                axis_names=frozenset(axes),
+                check_vma=False,
+            )(*(arguments[place] for place in places))
+        )
 
     # -- the functions ----------------------------------------------------------------------------------------------
 
@@ -222,7 +232,9 @@ class _StageBuilder:
                     sums[key] = self._pin(total, self.split.gradient_specs[key], key.partial)
             for value, number in zip(use.entries, graph.entry_cotangents, strict=True):
                 if number >= 0:
-                    specs = self.split.received_specs if value in self.split.received_specs else self.split.produced_specs
+                    specs = (
+                        self.split.received_specs if value in self.split.received_specs else self.split.produced_specs
+                    )
                     _add(arrived, value, self._pin(values[number], specs[value]))
         return [sums[key] for key in self.split.gradients], [arrived[v] for v in self.split.cotangents_out]
 
@@ -234,7 +246,7 @@ class _StageBuilder:
         ]
 
     def reduce(self, accumulators: Sequence[Array]) -> list[Array]:
-        """Sum what was left partial, and what several layers of the stage gave for one leaf; in the parameter's spec."""
+        """Sum what was left partial and what several layers of the stage gave for one leaf; in the parameter's spec."""
         gradients: dict[int, Array] = {}
         for key, total in zip(self.split.gradients, accumulators, strict=True):
             whole = total.sum(axis=tuple(range(len(key.partial)))) if key.partial else total
@@ -293,15 +305,3 @@ def _apply_flat(eqn: Equation, *arguments: Array) -> list[Array]:
 
 def _add(table: dict[int, Array], key: int, array: Array) -> None:
     table[key] = table[key] + array if key in table else array
-
-
-def depth_of(mapped: Sequence[Sequence[int | None]], at: int) -> int:
-    """How many dims in front of an operand are mapped already."""
-    return sum(level[at] is not None for level in mapped)
-
-
-def _cut(array: Array, dim: int, parts: int, front: int) -> Array:
-    """Cut ``dim`` into ``parts`` and put that new dim behind the ``front`` dims that earlier cuts made."""
-    shape = array.shape
-    cut = array.reshape(*shape[:dim], parts, shape[dim] // parts, *shape[dim + 1 :])
-    return jnp.moveaxis(cut, dim, front)
