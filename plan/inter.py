@@ -231,7 +231,8 @@ class _Search:
         arrays = (self.seconds, self.table.once_seconds, self.hops)
         closed, _ = kernels.prefix_bounds(*self._common(*arrays), np.inf)
         least_sum, least_largest, least_once = closed[-1].min(axis=(0, 1, 2))
-        least = least_sum + (self.microbatches - 1) * least_largest + least_once
+        repeated = (self.microbatches - 1) * least_largest if self.microbatches > 1 else 0.0  # 0 · inf is no number
+        least = least_sum + repeated + least_once
         for upper in [guess * least for guess in _GUESSES] if np.isfinite(least) and least > 0 else [np.inf]:
             plans = self._run(*arrays, upper, 1, 1)
             if plans:

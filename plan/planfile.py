@@ -121,7 +121,7 @@ class Plan(_Record, frozen=True):
     transfers: tuple[Transfer, ...]
     tied: tuple[tuple[int, int], ...]  # (owner stage, user stage)
     predicted: Predicted
-    search: dict[str, float]
+    search: dict[str, int | float]
     rivals: tuple[Rival, ...]
     notes: tuple[str, ...] = ()
 
@@ -161,7 +161,9 @@ class Plan(_Record, frozen=True):
 
 
 def cluster_data(cluster: Cluster) -> dict[str, Any]:
-    return cluster_to_data(cluster)
+    """The cluster as JSON gives it back, lists for tuples, so that a plan equals its own file."""
+    data: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(cluster_to_data(cluster)))
+    return data
 
 
 def plan_json(plan: Plan) -> bytes:

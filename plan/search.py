@@ -367,9 +367,8 @@ def _plan(winner: _Judged, judged: Sequence[_Judged], request: Request, clock: _
         listed = ", ".join(f"{name} ×{times}" for name, times in graph.unknown)
         notes.append(f"no sharding rule for {listed}: these run replicated")
     if used < request.cluster.devices:
-        notes.append(
-            f"{request.cluster.devices - used} of {request.cluster.devices} devices stay idle: it is faster so"
-        )
+        why = "as the stages are given" if request.fix.stages is not None else "it is faster so"
+        notes.append(f"{request.cluster.devices - used} of {request.cluster.devices} devices stay idle: {why}")
     return Plan(
         format=FORMAT,
         version=VERSION,
