@@ -8,6 +8,7 @@ Source: Dechter, Bucket elimination, Artificial Intelligence 113 (1999) 41-85.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 
@@ -15,8 +16,10 @@ import numpy as np
 
 from meshwright.errors import PlanError
 from meshwright.plan.assignment import FloatArray, Problem
+from meshwright.plan.reduction import IntArray, worthwhile_strategies
 
 _BLOCK_ENTRIES = 65_536  # a temporary of half a megabyte stays in a core's cache
+_REDUCE_ABOVE_ENTRIES = 2_000_000  # of all joint tables: about ten milliseconds, what finding strategies to drop takes
 _MERGE_RATIO = 8  # two tables are added beforehand if their sum has at most this part of the joint table's entries
 
 
@@ -48,6 +51,7 @@ class Elimination:
     keep: tuple[int, ...]
     table: FloatArray
     trail: tuple[tuple[int, tuple[_Table, ...]], ...]  # each eliminated node and the tables that mentioned it
+    strategies: tuple[IntArray, ...]  # of each node, those that its axis of a table stands for
 
     def backtrack(self, kept_choice: Sequence[int]) -> tuple[int, ...]:
         """An optimal full assignment in which the kept nodes take these strategies; a node's ties go to its lowest.
@@ -73,7 +77,7 @@ class Elimination:
                 where: tuple[slice | int, ...] = (slice(None), *(choice[v] for v in table.scope[1:]))
                 seconds = seconds + table.seconds[where]
             choice[node] = int(seconds.argmin())
-        return tuple(choice[v] for v in range(len(choice)))
+        return tuple(int(self.strategies[v][choice[v]]) for v in range(len(choice)))
 
 
 def eliminate(
@@ -87,35 +91,42 @@ def eliminate(
     Args:
         max_table_entries: the largest table that may be stored, of 8 bytes an entry.
         price_seconds_per_byte: what a resident byte costs; the table then holds seconds plus price times bytes.
-    Errors: TreewidthError if a table would be larger, before any work; PlanError if ``keep`` names a node twice or one
-    that does not exist.
+    Errors: TreewidthError if a table would be larger, before any is made; PlanError if ``keep`` names a node twice or
+    one that does not exist.
     """
     keep = tuple(keep)
     if len(set(keep)) < len(keep) or not all(0 <= v < problem.nodes for v in keep):
         raise PlanError(f"keep {keep} must name different nodes of 0 to {problem.nodes - 1}")
-    sizes = [costs.size for costs in problem.node_seconds]
-    order = _min_fill_order(sizes, problem.edge_seconds, keep, max_table_entries)
-    rank = {v: i for i, v in enumerate((*order, *keep))}
+    priced = _priced(problem, price_seconds_per_byte)
+    left = tuple(np.arange(costs.size) for costs in priced.node_seconds)
+    order = _min_fill_order([ps.size for ps in left], priced.edge_seconds, keep)
+    if order.joint_entries > _REDUCE_ABOVE_ENTRIES or order.largest_entries > max_table_entries:
+        with suppress(PlanError):  # some node is never allowed: the table will say so
+            left = worthwhile_strategies(priced, keep=keep)
+        order = _min_fill_order([ps.size for ps in left], priced.edge_seconds, keep)
+    if order.largest_entries > max_table_entries:
+        raise TreewidthError(
+            f"elimination would need a table of {order.largest_entries:,} entries "
+            f"and {max_table_entries:,} are allowed; keep fewer nodes, or solve this problem with the ILP"
+        )
+    sizes = [ps.size for ps in left]
+    rank = {v: i for i, v in enumerate((*order.nodes, *keep))}
 
-    buckets: list[list[_Table]] = [
-        [] for _ in range(len(order) + 1)
-    ]  # by the first node to go; the last holds the rest
+    # One for each node to go, with the tables whose first node it is; the last holds what is over the kept nodes alone.
+    buckets: list[list[_Table]] = [[] for _ in range(len(order.nodes) + 1)]
 
     def file(table: _Table) -> None:
-        first = rank[table.scope[0]] if table.scope else len(order)
-        buckets[min(first, len(order))].append(table)
+        first = rank[table.scope[0]] if table.scope else len(order.nodes)
+        buckets[min(first, len(order.nodes))].append(table)
 
-    for v, costs in enumerate(problem.node_seconds):
-        file(
-            _Table(
-                (v,), costs if problem.node_bytes is None else costs + price_seconds_per_byte * problem.node_bytes[v]
-            )
-        )
-    for (u, v), costs in sorted(problem.edge_seconds.items()):
-        file(_Table((u, v), costs) if rank[u] < rank[v] else _Table((v, u), np.ascontiguousarray(costs.T)))
+    for v, costs in enumerate(priced.node_seconds):
+        file(_Table((v,), costs[left[v]]))
+    for (u, v), costs in sorted(priced.edge_seconds.items()):
+        part = costs[np.ix_(left[u], left[v])]
+        file(_Table((u, v), part) if rank[u] < rank[v] else _Table((v, u), np.ascontiguousarray(part.T)))
 
     trail = []
-    for node, bucket in zip(order, buckets, strict=False):
+    for node, bucket in zip(order.nodes, buckets, strict=False):
         scope = tuple(sorted({v for table in bucket for v in table.scope}, key=rank.__getitem__))
         tables = _merged(bucket, scope, sizes)
         shape = tuple(sizes[v] for v in scope)
@@ -124,7 +135,15 @@ def eliminate(
     rest = np.zeros([sizes[v] for v in keep])
     for table in buckets[-1]:
         rest = rest + table.over(keep)
-    return Elimination(keep, np.asarray(rest), tuple(trail))
+    return Elimination(keep, np.asarray(rest), tuple(trail), left)
+
+
+def _priced(problem: Problem, price_seconds_per_byte: float) -> Problem:
+    """The problem with its bytes as costs and without its limit."""
+    if problem.node_bytes is None:
+        return problem
+    both = zip(problem.node_seconds, problem.node_bytes, strict=True)
+    return Problem(tuple(costs + price_seconds_per_byte * held for costs, held in both), problem.edge_seconds)
 
 
 def _merged(tables: Sequence[_Table], scope: tuple[int, ...], sizes: Sequence[int]) -> tuple[_Table, ...]:
@@ -169,13 +188,19 @@ def _least(parts: Sequence[FloatArray], shape: tuple[int, ...]) -> FloatArray:
     return least
 
 
-def _min_fill_order(
-    sizes: Sequence[int], edges: Iterable[tuple[int, int]], keep: Sequence[int], max_table_entries: int
-) -> tuple[int, ...]:
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """Nodes in the order of their elimination, and what that costs."""
+
+    nodes: tuple[int, ...]
+    largest_entries: int  # of the tables that are stored
+    joint_entries: int  # of all tables that are minimised, together: the work
+
+
+def _min_fill_order(sizes: Sequence[int], edges: Iterable[tuple[int, int]], keep: Sequence[int]) -> _Order:
     """Nodes but ``keep``, each time the one that joins the fewest strangers, then with the smallest table, then first.
 
     Neighbourhoods are bit sets: the neighbours of v that u lacks are one ``&`` and a count.
-    Errors: TreewidthError if a table would have more than ``max_table_entries``.
     Source: Kjærulff, Triangulation of graphs, Aalborg University R-90-09 (1990).
     """
     near = [0] * len(sizes)
@@ -186,29 +211,22 @@ def _min_fill_order(
     worth: dict[int, tuple[int, int, int]] = {}
     stale = left
     order = []
+    largest, joint = prod(sizes[v] for v in keep), 0
     while left:
         for v in stale:
             around = _members(near[v])
             strangers = sum((near[v] & ~near[u]).bit_count() - 1 for u in around)  # u itself is in near[v]
             worth[v] = (strangers, prod(sizes[u] for u in around), v)
         node = min(left, key=worth.__getitem__)
-        if worth[node][1] > max_table_entries:
-            raise TreewidthError(
-                f"elimination would need a table of {worth[node][1]:,} entries and {max_table_entries:,} are allowed; "
-                "solve this problem with the ILP"
-            )
+        largest = max(largest, worth[node][1])
+        joint += worth[node][1] * sizes[node]
         order.append(node)
         left.remove(node)
         around = _members(near[node])
         for u in around:
             near[u] = (near[u] | near[node]) & ~(1 << u | 1 << node)
         stale = {w for u in around for w in (u, *_members(near[u]))} & left
-    if prod(sizes[v] for v in keep) > max_table_entries:
-        raise TreewidthError(
-            f"the table over {len(keep)} kept nodes has {prod(sizes[v] for v in keep):,} entries and "
-            f"{max_table_entries:,} are allowed; keep fewer nodes"
-        )
-    return tuple(order)
+    return _Order(tuple(order), largest, joint)
 
 
 def _members(bits: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Strategies that no optimal assignment needs, found before any solver is asked."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,12 @@ from meshwright.plan.assignment import FloatArray, Problem
 IntArray = NDArray[np.intp]
 
 
-def worthwhile_strategies(problem: Problem, fixed: Mapping[int, int]) -> tuple[IntArray, ...]:
-    """For each node the strategies that suffice for an optimal assignment, lowest first; ``fixed`` nodes have one.
+def worthwhile_strategies(
+    problem: Problem, fixed: Mapping[int, int] | None = None, keep: Collection[int] = ()
+) -> tuple[IntArray, ...]:
+    """For each node the strategies that suffice for an optimal assignment, lowest first.
+
+    ``fixed`` nodes have one. ``keep`` nodes have all of theirs, and the rest suffices whichever of these they take.
 
     Two rules run until neither finds anything. A strategy goes if it is forbidden, by itself or because an edge forbids
     it with every strategy left at the other end. And strategy p goes if one q is never worse: it needs no more bytes
@@ -23,14 +27,16 @@ def worthwhile_strategies(problem: Problem, fixed: Mapping[int, int]) -> tuple[I
     Source: Goldstein, Biophysical Journal 66 (1994) 1335-1340, equation 2; weaker than it is row-by-row dominance.
     """
     left = [
-        np.flatnonzero(np.isfinite(costs) & (np.arange(costs.size) == fixed.get(v, np.arange(costs.size))))
+        np.arange(costs.size) if v in keep else np.flatnonzero(np.isfinite(costs))
         for v, costs in enumerate(problem.node_seconds)
     ]
+    for v, strategy in (fixed or {}).items():
+        left[v] = left[v][left[v] == strategy]
     edges: list[list[tuple[int, FloatArray]]] = [[] for _ in left]
     for (u, v), costs in sorted(problem.edge_seconds.items()):
         edges[u].append((v, costs))
         edges[v].append((u, costs.T))
-    stale = set(range(len(left)))
+    stale = set(range(len(left))) - set(keep)
     while stale:
         node = min(stale)
         stale.remove(node)
@@ -46,7 +52,7 @@ def worthwhile_strategies(problem: Problem, fixed: Mapping[int, int]) -> tuple[I
             )
         left[node] = left[node][_undominated(problem, node, left[node], [costs[allowed] for _, costs in around])]
         if left[node].size < before:
-            stale |= {other for other, _ in edges[node]}
+            stale |= {other for other, _ in edges[node]} - set(keep)
     return tuple(left)
 
 

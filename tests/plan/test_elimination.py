@@ -13,6 +13,7 @@ from meshwright.plan import elimination
 from meshwright.plan.assignment import Problem
 from meshwright.plan.elimination import Elimination, TreewidthError, eliminate
 from meshwright.plan.ilp import solve_ilp
+from meshwright.plan.reduction import worthwhile_strategies
 from tests.plan.assignment_problems import brute_force, problems
 
 
@@ -91,16 +92,37 @@ def test_a_chain_of_any_length_has_treewidth_one() -> None:
     np.testing.assert_array_equal(table, np.ones((5, 5)) - np.eye(5))
 
 
+@given(problems(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_strategies_dropped_first_change_no_entry(problem: Problem, data: st.DataObject) -> None:
+    """What large problems do to save work, done here to small ones."""
+    keep = data.draw(st.permutations(range(problem.nodes)))[: data.draw(st.integers(0, 2))]
+    whole = eliminate(problem, keep).table
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elimination, "_REDUCE_ABOVE_ENTRIES", 0)
+        reduced = eliminate(problem, keep)
+    np.testing.assert_allclose(reduced.table, whole, rtol=1e-9, atol=1e-18)
+    backtracks_to_its_table(problem, reduced)
+
+
 def test_a_graph_of_high_treewidth_is_left_to_the_ilp() -> None:
-    clique = {(u, v): np.ones((3, 3)) for u in range(8) for v in range(u + 1, 8)}
-    problem = Problem((np.zeros(3),) * 8, clique)
-    with pytest.raises(TreewidthError, match=r"table of 2,187 entries and 2,186 are allowed; solve .* with the ILP"):
+    """Eight nodes all of which are neighbours: the first to go leaves a table over the other seven."""
+    problem = random_problem(seed=0, nodes=8, treewidth=7, strategies=3)
+    assert [ps.size for ps in worthwhile_strategies(problem)] == [3] * 8
+    with pytest.raises(TreewidthError, match=r"table of 2,187 entries and 2,186 are allowed; .* with the ILP"):
         eliminate(problem, max_table_entries=3**7 - 1)
-    assert eliminate(problem, max_table_entries=3**7).table == 28
+    assert eliminate(problem, max_table_entries=3**7).table == pytest.approx(brute_force(problem), rel=1e-9)
+
+
+def test_a_table_that_is_too_large_only_with_superfluous_strategies_is_made() -> None:
+    clique = {(u, v): np.ones((3, 3)) for u in range(8) for v in range(u + 1, 8)}
+    result = eliminate(Problem((np.zeros(3),) * 8, clique), keep=(2,), max_table_entries=3)
+    assert result.table.tolist() == [28, 28, 28]
+    assert result.backtrack((2,)) == (0, 0, 2, 0, 0, 0, 0, 0)
 
 
 def test_too_many_kept_nodes_are_refused() -> None:
-    with pytest.raises(TreewidthError, match="3 kept nodes has 64 entries and 63 are allowed; keep fewer nodes"):
+    with pytest.raises(TreewidthError, match="table of 64 entries and 63 are allowed; keep fewer nodes"):
         eliminate(Problem((np.zeros(4),) * 3), keep=(0, 1, 2), max_table_entries=63)
 
 

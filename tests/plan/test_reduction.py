@@ -15,7 +15,7 @@ from tests.plan.assignment_problems import brute_force, every_assignment, proble
 def test_an_optimal_assignment_is_always_left(problem: Problem) -> None:
     best = brute_force(problem)
     try:
-        left = worthwhile_strategies(problem, {})
+        left = worthwhile_strategies(problem)
     except PlanError:
         assert np.isinf(best)
         return
@@ -25,19 +25,26 @@ def test_an_optimal_assignment_is_always_left(problem: Problem) -> None:
 
 def test_a_strategy_never_better_goes_and_of_equals_the_lowest_stays() -> None:
     problem = Problem((np.array([2.0, 1.0, 1.0, 3.0]),))
-    assert [ps.tolist() for ps in worthwhile_strategies(problem, {})] == [[1]]
+    assert [ps.tolist() for ps in worthwhile_strategies(problem)] == [[1]]
 
 
 def test_a_cheaper_node_may_pay_for_dearer_edges() -> None:
     """No row dominates: strategy 1 costs 9 less by itself and at most 2 more at the edge."""
     problem = Problem((np.array([10.0, 1.0]), np.array([0.0, 0.0])), {(0, 1): np.array([[0.0, 1.0], [2.0, 0.0]])})
-    assert [ps.tolist() for ps in worthwhile_strategies(problem, {})] == [[1], [1]]
+    assert [ps.tolist() for ps in worthwhile_strategies(problem)] == [[1], [1]]
 
 
 def test_a_lean_strategy_stays_where_memory_is_limited() -> None:
     seconds, resident = (np.array([1.0, 2.0]),), (np.array([8.0, 4.0]),)
-    assert worthwhile_strategies(Problem(seconds, {}, resident), {})[0].tolist() == [0]
-    assert worthwhile_strategies(Problem(seconds, {}, resident, memory_limit_bytes=4.0), {})[0].tolist() == [0, 1]
+    assert worthwhile_strategies(Problem(seconds, {}, resident))[0].tolist() == [0]
+    assert worthwhile_strategies(Problem(seconds, {}, resident, memory_limit_bytes=4.0))[0].tolist() == [0, 1]
+
+
+def test_kept_nodes_have_all_of_theirs_and_the_rest_suffices_for_each() -> None:
+    """By itself strategy 1 of the second node never pays; with strategy 1 of the kept first node it does."""
+    problem = Problem((np.array([0.0, 9.0, np.inf]), np.zeros(2)), {(0, 1): np.array([[0.0, 1], [2, 0], [0, 0]])})
+    assert [ps.tolist() for ps in worthwhile_strategies(problem)] == [[0], [0]]
+    assert [ps.tolist() for ps in worthwhile_strategies(problem, keep=(0,))] == [[0, 1, 2], [0, 1]]
 
 
 def test_a_fixed_node_keeps_its_strategy_and_forbids_along_the_chain() -> None:
