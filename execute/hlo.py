@@ -20,7 +20,7 @@ _INSTRUCTION = re.compile(r"=\s+(?P<type>\(.*?\)|\S+)\s+(?P<kind>" + "|".join(_K
 _SHAPE = re.compile(r"\b(?:pred|token|[a-z]+\d+\w*)\[(?P<dims>[\d,<=]*)\]")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{(?P<first>[\d,]*)\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(?P<dims>[\d,]+)\]<=")
-_MESH_GROUPS = re.compile(r"replica_groups=mesh\[(?P<mesh>[^\]]*)\]\s*\{(?P<axes>[^}]*)\}")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[(?P<mesh>[^\]]*)\][^{]*\{(?P<axes>[^}]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(?P<pairs>.*?)\}\}")
 
 

@@ -7,6 +7,7 @@ Weights and batch are passed to both halves; only what the forward pass makes is
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -39,9 +40,9 @@ class StagePrograms:
 
 
 def sharding(mesh: Mesh, spec: NamedSpec, leading: tuple[str, ...] = ()) -> NamedSharding:
-    """A spec as JAX writes it; ``leading`` axes split extra dims in front."""
+    """A spec as JAX writes it; ``leading`` axes split one more dim in front: partial results, one per device."""
     words = [axes[0] if len(axes) == 1 else (axes or None) for axes in spec]
-    return NamedSharding(mesh, PartitionSpec(*leading, *words))
+    return NamedSharding(mesh, PartitionSpec(*((leading,) if leading else ()), *words))
 
 
 def build_stage(split: StageSplit, trace: Trace, mesh: Mesh, microbatches: int, remat: bool) -> StagePrograms:
@@ -117,16 +118,14 @@ class _StageBuilder:
     def _apply_partial(
         self, eqn: Equation, index: int, arguments: Sequence[Array], layout: LayerLayout, axes: tuple[str, ...]
     ) -> list[Array]:
-        """Run an equation so that its sum over ``axes`` is left undone: one partial result per device along each axis.
+        """Run an equation so that its sum over ``axes`` is left undone: one partial result per device, in a new dim 0.
 
         Where the sum begins, every device along ``axes`` runs the equation on its own part of the summed dims; after
         that the equation is mapped over the parts that are there already.
         """
         reads_partial = [isinstance(x, int) and x in layout.partial for x in eqn.inputs]
         if any(reads_partial):
-            function: Any = partial(_apply_flat, eqn)
-            for _ in axes:
-                function = jax.vmap(function, in_axes=[0 if p else None for p in reads_partial])
+            function = jax.vmap(partial(_apply_flat, eqn), in_axes=[0 if p else None for p in reads_partial])
             return list(function(*arguments))
         places = [place for place, x in enumerate(eqn.inputs) if isinstance(x, int)]
 
@@ -134,7 +133,7 @@ class _StageBuilder:
             operands = list(arguments)
             for place, part in zip(places, parts, strict=True):
                 operands[place] = part
-            return [jnp.expand_dims(result, tuple(range(len(axes)))) for result in apply(eqn, operands)]
+            return [jnp.expand_dims(result, 0) for result in apply(eqn, operands)]
 
         def cut(position: int, dims: int) -> PartitionSpec:
             split = [
@@ -148,7 +147,7 @@ class _StageBuilder:
                 own_part,
                 mesh=self.mesh,
                 in_specs=tuple(cut(position, arguments[place].ndim) for position, place in enumerate(places)),
-                out_specs=PartitionSpec(*axes),
+                out_specs=PartitionSpec(axes),
                 axis_names=frozenset(axes),
                 check_vma=False,
             )(*(arguments[place] for place in places))
@@ -238,9 +237,12 @@ class _StageBuilder:
                     _add(arrived, value, self._pin(values[number], specs[value]))
         return [sums[key] for key in self.split.gradients], [arrived[v] for v in self.split.cotangents_out]
 
+    def _parts(self, key: GradientKey) -> tuple[int, ...]:
+        return (prod(self.sizes[a] for a in key.partial),) if key.partial else ()
+
     def zeros(self) -> list[Array]:
         return [
-            jnp.zeros((*(self.sizes[a] for a in key.partial), *leaf.tensor.shape), leaf.tensor.dtype)
+            jnp.zeros((*self._parts(key), *leaf.tensor.shape), leaf.tensor.dtype)
             for key in self.split.gradients
             for leaf in [self.graph.parameters[key.leaf]]
         ]
@@ -249,7 +251,7 @@ class _StageBuilder:
         """Sum what was left partial and what several layers of the stage gave for one leaf; in the parameter's spec."""
         gradients: dict[int, Array] = {}
         for key, total in zip(self.split.gradients, accumulators, strict=True):
-            whole = total.sum(axis=tuple(range(len(key.partial)))) if key.partial else total
+            whole = total.sum(axis=0) if key.partial else total
             _add(gradients, key.leaf, self._pin(whole, self.split.parameter_specs[key.leaf]))
         leaves = [leaf for leaf in self.split.parameters if leaf in gradients]
         return [gradients[leaf] * jnp.asarray(self.scale, gradients[leaf].dtype) for leaf in leaves]
