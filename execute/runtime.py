@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from meshwright.simulate.program import (
     Backward,
     Forward,
     Instruction,
+    Payload,
     Program,
     Receive,
     Reduce,
@@ -52,7 +53,7 @@ class Route:
     spec: NamedSpec  # at the target
 
 
-Key = tuple[int, int, str]  # source stage, target stage, payload
+Key = tuple[int, int, Payload]  # source stage, target stage, payload
 
 
 def plan_routes(
@@ -104,17 +105,18 @@ class Runtime:
     tags: TagSpace
     devices: Mapping[int, jax.Device]
     events: list[Event] = field(default_factory=list)
-    live: dict[int, int] = field(default_factory=dict)
-    peak_bytes: dict[int, int] = field(default_factory=dict)
+    peak_bytes: dict[int, float] = field(default_factory=dict)  # of the last measured step: stage -> bytes a device
 
     def run_step(
         self, states: Mapping[int, StageState], batch: Sequence[np.ndarray[Any, Any]], measure: bool = False
     ) -> tuple[dict[int, list[Array]], dict[int, StageState]]:
         """One optimizer step; returns {value: one array per micro-batch} of loss and aux, and the new states.
 
-        ``measure`` waits for each instruction and notes when it ran (``events``).
+        ``measure`` waits for each instruction and notes when it ran (``events``) and how many bytes each stage then
+        held on a device (``peak_bytes``): arrays alive, plus what XLA says the program needs while it runs.
         """
         self.events.clear()
+        self.peak_bytes.clear()
         step = _Step(self, states, batch, measure)
         rows = [
             (mesh, deque(row)) for mesh, row in enumerate(self.program) if any(i.stage in self.programs for i in row)
@@ -145,12 +147,13 @@ class _Step:
         self.samples: dict[tuple[int, int], list[Array]] = {}
         self.arrived: dict[tuple[int, int, str, int], dict[int, Array]] = {}
         self.kept: dict[tuple[int, int], list[Array]] = {}
-        self.produced: dict[tuple[int, str, int], dict[int, Array]] = {}
+        self.produced: dict[tuple[int, Payload, int], dict[int, Array]] = {}
         self.accumulators = {s: list(programs.zeros()) for s, programs in runtime.programs.items()}
         self.gradients: dict[int, dict[int, Array]] = {}
         self.outputs: dict[int, list[Array]] = {}
         self.incoming: dict[Receive, list[tuple[Route, Incoming]]] = {}
         self.sent: set[tuple[int, int, str, int]] = set()
+        self.unsent: dict[tuple[int, Payload, int], set[int]] = {}
         self.begun = time.perf_counter()
 
     # -- order ------------------------------------------------------------------------------------------------------
@@ -167,7 +170,12 @@ class _Step:
             if isinstance(step, Receive):
                 if step not in self.incoming:
                     self.incoming[step] = [
-                        (route, post_array(self.r.transport, route.transfer, self._tag(route, step.microbatch), self.r.devices))
+                        (
+                            route,
+                            post_array(
+                                self.r.transport, route.transfer, self._tag(route, step.microbatch), self.r.devices
+                            ),
+                        )
                         for route in self.r.routes[step.source, step.stage, step.what]
                     ]
                 return
@@ -185,7 +193,8 @@ class _Step:
             case Backward(stage, m):
                 made = self._backward(stage, m)
             case Send():
-                made = self._send(step)
+                made = None
+                self._send(step)
             case Receive():
                 made = self._receive(step)
                 self.post_next(rest)
@@ -197,6 +206,27 @@ class _Step:
         if self.measure:
             jax.block_until_ready(made)
             self.r.events.append(Event(mesh, step, start - self.begun, time.perf_counter() - self.begun))
+            held = self._bytes_held(step.stage) + self._working_bytes(step)
+            self.r.peak_bytes[step.stage] = max(held, self.r.peak_bytes.get(step.stage, 0.0))
+
+    def _bytes_held(self, stage: int) -> float:
+        """Bytes of the arrays of a stage that are alive, on each of its devices here."""
+        state = self.states[stage]
+        groups: list[Iterable[Array]] = [state.parameters.values(), state.optimizer, self.accumulators.get(stage, ())]
+        groups.append(self.gradients.get(stage, {}).values())
+        groups += [arrays for (s, _), arrays in (*self.kept.items(), *self.samples.items()) if s == stage]
+        groups += [arrays.values() for key, arrays in self.arrived.items() if key[1] == stage]
+        groups += [arrays.values() for key, arrays in self.produced.items() if key[0] == stage]
+        alive = {id(array): array for group in groups for array in group}
+        shards = [shard.data.nbytes for array in alive.values() for shard in array.addressable_shards]
+        here = sum(device in self.r.devices for device in self.r.splits[stage].planned.devices)
+        return float(sum(shards)) / max(here, 1)
+
+    def _working_bytes(self, step: Instruction) -> float:
+        programs = self.r.programs[step.stage]
+        running = {Forward: programs.forward, Backward: programs.backward, Reduce: programs.reduce}.get(type(step))
+        stats = None if running is None else running.memory_analysis()
+        return float(stats.temp_size_in_bytes) if stats is not None else 0.0
 
     def _samples(self, stage: int, m: int) -> list[Array]:
         if (stage, m) not in self.samples:
@@ -206,7 +236,7 @@ class _Step:
             for leaf in split.batch:
                 part = self.batch[leaf][m * size : (m + 1) * size]
                 place = sharding(self.r.meshes[stage], split.batch_specs[leaf])
-                arrays.append(jax.make_array_from_callback(part.shape, place, lambda index, part=part: part[index]))
+                arrays.append(jax.make_array_from_callback(part.shape, place, part.__getitem__))
             self.samples[stage, m] = arrays
         return self.samples[stage, m]
 
@@ -225,7 +255,7 @@ class _Step:
         split, programs = self.r.splits[stage], self.r.programs[stage]
         sent, kept, outputs = programs.forward(self._weights(stage), self._samples(stage, m), self._received(stage, m))
         self.kept[stage, m] = kept
-        self.produced[stage, "activation", m] = dict(zip(split.sent, sent, strict=True))
+        self._hand_out(stage, "activation", m, dict(zip(split.sent, sent, strict=True)))
         for value, array in zip(programs.outputs, outputs, strict=True):
             self.outputs.setdefault(value, []).append(array)
         return sent, kept, outputs
@@ -242,11 +272,18 @@ class _Step:
             self.accumulators[stage],
         )
         self.accumulators[stage] = totals
-        self.produced[stage, "cotangent", m] = dict(zip(split.cotangents_out, returned, strict=True))
+        self._hand_out(stage, "cotangent", m, dict(zip(split.cotangents_out, returned, strict=True)))
         self.samples.pop((stage, m), None)
         for key in [k for k in self.arrived if k[1] == stage and k[3] == m]:
             del self.arrived[key]
         return totals, returned
+
+    def _hand_out(self, stage: int, what: Payload, m: int, arrays: dict[int, Array]) -> None:
+        """Keep what was made until it has been sent to every stage that reads it."""
+        targets = {target for source, target, payload in self.r.routes if (source, payload) == (stage, what)}
+        if targets:
+            self.produced[stage, what, m] = arrays
+            self.unsent[stage, what, m] = targets
 
     def _send(self, step: Send) -> None:
         for route in self.r.routes[step.stage, step.target, step.what]:
@@ -257,6 +294,11 @@ class _Step:
             else:
                 array = self.produced[step.stage, step.what, step.microbatch][route.value]
             send_array(self.r.transport, route.transfer, array, self._tag(route, step.microbatch), self.r.devices)
+        key = (step.stage, step.what, step.microbatch)
+        if key in self.unsent:
+            self.unsent[key].discard(step.target)
+            if not self.unsent[key]:
+                del self.unsent[key], self.produced[key]
         self.sent.add((step.stage, step.target, step.what, step.microbatch))
 
     def _receive(self, step: Receive) -> Any:

@@ -1,4 +1,4 @@
-"""A plan as a trainer: stages compiled for the devices at hand, state made where it lives, steps that report their loss."""
+"""A plan as a trainer: stages compiled for the devices at hand, state made where it lives, steps with their loss."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ class Trainer:
     parameter_tree: Any = field(default=None)
 
     def init(self, key: jax.Array) -> State:
-        """First parameters and optimizer state, each made on the devices that hold it; equal to ``model.init_fn(key)``."""
+        """First parameters and optimizer state, made where they live; the values are those of ``model.init_fn(key)``."""
         states: State = {}
         for stage in self.runtime.programs:
             split, mesh = self.splits[stage], self.runtime.meshes[stage]
@@ -84,7 +84,9 @@ class Trainer:
             if leaf.shape != wanted:
                 raise ExecutionError(f"batch leaf {planned.name!r} has shape {leaf.shape}; the plan is for {wanted}")
         outputs, states = self.runtime.run_step(state, leaves, measure)
-        losses = [float(np.asarray(array.addressable_shards[0].data)) for array in outputs.get(self.runtime.graph.loss, [])]
+        losses = [
+            float(np.asarray(array.addressable_shards[0].data)) for array in outputs.get(self.runtime.graph.loss, [])
+        ]
         local = sum(losses) if losses else None
         if local is not None and self.model.loss_reduction == "mean":
             local /= len(losses)
@@ -150,7 +152,7 @@ def build(plan: Plan, model: Model, optimizer: Any, group: ProcessGroup | None =
         else:
             every = [devices.get(d, next(iter(devices.values()))) for d in range(group.size * group.devices_per_rank)]
         ranks = group.device_ranks
-        from meshwright.execute.transport.mpi import MpiTransport  # noqa: PLC0415  mpi4py starts MPI when imported
+        from meshwright.execute.transport.mpi import MpiTransport
 
         transport = MpiTransport(group.communicator)
     if plan.devices > len(every):
@@ -200,5 +202,3 @@ def merge_timelines(parts: Sequence[Timeline], devices: tuple[tuple[int, ...], .
                 rows[mesh] = part
     events = [event for mesh, part in rows.items() for event in part.events if event.mesh == mesh]
     return Timeline(devices, tuple(sorted(events, key=lambda e: (e.start_seconds, e.mesh))))
-
-

@@ -3,14 +3,13 @@
 import argparse
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from meshwright.calibrate.hardware import cluster_to_data, save_cluster
+from meshwright.cli.progress import progress_display
 from meshwright.errors import ClusterError
 
 DEFAULT_OUT = "machine.json"
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if not out.absolute().parent.is_dir():
         raise ClusterError(f"--out {out}: the folder {out.parent} does not exist; make it or choose another")
     start = time.perf_counter()
-    with progress_display() as progress:
+    with progress_display("calibrate") as progress:
         calibration = calibrate_machine(args.budget, ranks, progress)
     save_cluster(calibration.cluster, out)
     spent_seconds = time.perf_counter() - start
@@ -109,26 +108,3 @@ def residual_table(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     return "\n".join((head, *lines))
-
-
-@contextmanager
-def progress_display() -> Iterator[Callable[[float, str], None]]:
-    """A bar on a terminal, one line for each tenth elsewhere; both on stderr."""
-    if not sys.stderr.isatty():
-        told = -1
-
-        def line(done: float, text: str) -> None:
-            nonlocal told
-            if int(10 * done) > told:
-                told = int(10 * done)
-                print(f"calibrate: {done:4.0%}  {text}", file=sys.stderr, flush=True)
-
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("calibrate"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("start", total=1.0)
-        yield lambda done, text: bar.update(task, completed=done, description=text)

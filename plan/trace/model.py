@@ -1,5 +1,6 @@
 """A whole model as a chain of layers, equal layers traced and differentiated once."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from meshwright.plan.layers import default_cuts
 from meshwright.plan.trace.equations import Equation, Literal
 from meshwright.plan.trace.forward import Cut, Cutter, Forward, active_values, cut_into_layers, trace_forward
 from meshwright.plan.trace.joint import JointLayer, join, literal_tensor
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # JAX prints a jaxpr in colour where it thinks a terminal reads it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,7 +167,7 @@ def _equation_text(eqn: Equation, names: Mapping[int, int]) -> tuple[str, bool]:
             complete = False
             parts.append(f"{key}=<{getattr(value, '__name__', type(value).__name__)}>")
         else:
-            parts.append(f"{key}={value}")
+            parts.append(f"{key}={_COLOURS.sub('', str(value))}")
     inputs = [str(names[x]) if isinstance(x, int) else _literal_text(x) for x in eqn.inputs]
     outputs = [str(names[v]) for v in eqn.outputs]
     return f"{','.join(outputs)} = {eqn.name}[{';'.join(parts)}] {','.join(inputs)}", complete

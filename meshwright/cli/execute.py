@@ -1,0 +1,204 @@
+"""``meshwright execute``: train as a plan says, and hold the run against the prediction."""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from meshwright.errors import ExecutionError
+from meshwright.execute.launch import inside_mpi, launch
+from meshwright.plan.planfile import Plan, bytes_text, load_plan, seconds_text
+
+DEFAULT_STEPS = 20
+WARM_UP_STEPS = 1  # the first step still warms caches and communicators; it is trained but not timed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``execute``."""
+    parser.add_argument("plan", metavar="PLAN", help="a plan file; without mpiexec, its ranks are started here")
+    parser.add_argument("--data", metavar="FILE", help="text to train on, read as bytes (default: Python's own source)")
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, metavar="K", help="optimizer steps (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="of AdamW (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of parameters and batches (%(default)s)")
+    parser.add_argument("--metrics", metavar="FILE", help="append one JSON line a step")
+    parser.add_argument("--trace", metavar="FILE", help="write predicted and measured timelines for ui.perfetto.dev")
+    parser.add_argument("--plot", metavar="FILE", help="draw them, predicted above measured")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start the ranks, or be one of them."""
+    if args.steps < 1:
+        raise ExecutionError(f"--steps is {args.steps}; at least 1 is needed")
+    plan = load_plan(args.plan)
+    if not inside_mpi():
+        return launch(plan.devices, ["-m", "meshwright", *sys.argv[1:]])
+    from meshwright.cli.fault import write_fault_log
+    from meshwright.execute.process_group import guard
+
+    def log(error: BaseException) -> Path:
+        return write_fault_log(error, sys.argv[1:], Path.cwd()) or Path("no log could be written")
+
+    with guard(log):
+        train(plan, args)
+    return 0
+
+
+def train(plan: Plan, args: argparse.Namespace) -> None:
+    """The work of one rank; rank 0 reports."""
+    import jax
+    import optax
+
+    from meshwright.execute.process_group import ProcessGroup
+    from meshwright.execute.train import build
+    from meshwright.models.zoo import get_model
+
+    spans = any(len(stage.devices) > 1 for stage in plan.stages)
+    group = ProcessGroup.start(devices_per_rank=1, distributed=spans)
+    if group.size != plan.devices:
+        raise ExecutionError(
+            f"the plan is for {plan.devices} ranks and {group.size} were started; use mpiexec -n {plan.devices}"
+        )
+    model = get_model(plan.model)
+    batches = batches_of(model, plan, args)
+    chief = group.rank == 0
+    say = Progress(args.steps) if chief else None
+    if say:
+        say.line("compiling")
+    trainer = build(plan, model, optax.adamw(args.learning_rate), group)
+    state = trainer.init(jax.random.key(args.seed))
+    group.communicator.Barrier()
+    history = []
+    for step in range(args.steps):
+        state, metrics = trainer.step(state, next(batches))
+        history.append(metrics)
+        if say:
+            say.step(step + 1, metrics.loss, metrics.step_seconds)
+        if chief and args.metrics:
+            append_metrics(args.metrics, plan, metrics)
+    group.communicator.Barrier()
+    state, _ = trainer.step(state, next(batches), measure=True)
+    gathered = group.communicator.gather((trainer.timeline, dict(trainer.runtime.peak_bytes)))
+    if gathered is not None:  # rank 0
+        timed = history[WARM_UP_STEPS:] or history
+        report(plan, args, [m.loss for m in history], [m.step_seconds for m in timed], gathered)
+
+
+def batches_of(model: Any, plan: Plan, args: argparse.Namespace) -> Iterator[Any]:
+    """Text as bytes for a language model that can read bytes, else random numbers of the right shapes."""
+    import jax
+    import numpy as np
+
+    from meshwright.models.text import VOCAB, byte_batches, read_text
+
+    shapes = model.batch_fn(plan.batch)
+    if isinstance(shapes, dict) and set(shapes) == {"tokens", "targets"} and _vocabulary(model) >= VOCAB:
+        text = None if args.data is None else read_text(args.data)
+        yield from byte_batches(shapes["tokens"].shape[1], plan.batch, args.seed, text=text)
+    if args.data is not None:
+        raise ExecutionError(
+            f"model {model.name!r} does not read text as bytes, so --data cannot be used; leave it out"
+        )
+    rng = np.random.default_rng(args.seed)
+
+    def draw(shape: Any) -> Any:
+        if np.issubdtype(shape.dtype, np.integer):
+            return rng.integers(0, 2, shape.shape).astype(shape.dtype)
+        return rng.normal(size=shape.shape).astype(shape.dtype)
+
+    while True:
+        yield jax.tree.map(draw, shapes)
+
+
+def _vocabulary(model: Any) -> int:
+    """The number of tokens that a zoo model knows: rows of its largest two-dimensional table of tokens."""
+    import jax
+
+    tables = jax.eval_shape(model.init_fn, jax.random.key(0))
+    rows = [leaf.shape[0] for path, leaf in jax.tree_util.tree_leaves_with_path(tables) if "token" in str(path)]
+    return max(rows, default=0)
+
+
+class Progress:
+    """A live line on a terminal, a line every tenth of the steps elsewhere; on stderr."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.live, self.told = steps, sys.stderr.isatty(), -1
+
+    def line(self, text: str) -> None:
+        print(f"\r\033[K{text}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
+
+    def step(self, done: int, loss: float, seconds: float) -> None:
+        tenth = 10 * done // self.steps
+        if self.live or tenth > self.told:
+            self.told = tenth
+            filled = 30 * done // self.steps
+            bar = f"[{'#' * filled}{'.' * (30 - filled)}] " if self.live else ""
+            self.line(f"{bar}step {done}/{self.steps}  loss {loss:.4f}  {seconds_text(seconds)} a step")
+        if self.live and done == self.steps:
+            print(file=sys.stderr)
+
+
+def append_metrics(path: str, plan: Plan, metrics: Any) -> None:
+    """One JSON line under the names that torchtitan's users know; tokens per second are per device."""
+    tokens = plan.batch * plan.tokens_per_sample / plan.devices
+    row = {
+        "step": metrics.step,
+        "time": time.time(),
+        "loss_metrics/global_avg_loss": metrics.loss,
+        "time_metrics/end_to_end(s)": metrics.step_seconds,
+        "throughput(tps)": tokens / metrics.step_seconds,
+    }
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def report(
+    plan: Plan, args: argparse.Namespace, losses: Sequence[float], seconds: Sequence[float], gathered: Sequence[Any]
+) -> None:
+    """Predicted against measured, as a table or as JSON; and the pictures that were asked for."""
+    from meshwright.execute.train import merge_timelines
+    from meshwright.plan.predict import predict
+
+    prediction = predict(plan)
+    median = statistics.median(seconds)
+    predicted = prediction.predicted.iteration_seconds
+    peak = max((held for _, peaks in gathered for held in peaks.values()), default=0.0)
+    measured = merge_timelines([t for t, _ in gathered], tuple(stage.devices for stage in plan.stages))
+    both = [("predicted", prediction.timeline), ("measured", measured)]
+    if args.plot:
+        from meshwright.simulate.gantt import plot_timelines
+
+        plot_timelines(both, args.plot)
+    if args.trace:
+        from meshwright.simulate.trace import write_trace
+
+        write_trace(both, args.trace)
+    result = {
+        "steps": len(losses),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "step_seconds_median": median,
+        "predicted_step_seconds": predicted,
+        "error_fraction": predicted / median - 1,
+        "peak_memory_bytes": peak,
+        "predicted_peak_memory_bytes": prediction.predicted.peak_memory_bytes,
+        "checkpoint": None,
+    }
+    if args.json:
+        print(json.dumps(result, allow_nan=False))
+        return
+    time_error = predicted / median - 1
+    memory_error = prediction.predicted.peak_memory_bytes / peak - 1 if peak else 0.0
+    print(
+        f"{'':<24}{'predicted':>12}{'measured':>12}{'error':>9}\n"
+        f"{'step time (median)':<24}{seconds_text(predicted):>12}{seconds_text(median):>12}{time_error:>+9.1%}\n"
+        f"{'peak memory a device':<24}{bytes_text(prediction.predicted.peak_memory_bytes):>12}{bytes_text(peak):>12}"
+        f"{memory_error:>+9.1%}\n"
+        f"loss: {losses[0]:.4f} at the first step, {losses[-1]:.4f} at step {len(losses)}"
+    )
+    print("measured memory: arrays alive plus what XLA says its programs need; without the Python process itself")

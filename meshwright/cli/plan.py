@@ -1,0 +1,125 @@
+"""``meshwright plan``: find the best way to split a model's training step over a cluster."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from meshwright.calibrate.hardware import parse_cluster
+from meshwright.cli.progress import progress_display
+from meshwright.errors import PlanError
+from meshwright.plan.graph import ModelGraph
+from meshwright.plan.planfile import Plan, public_json, save_plan, seconds_text, table
+from meshwright.plan.search import Fix, Request, search
+
+_COUNTS = ("microbatches", "microbatch-size", "pipeline", "data", "tensor")
+_NOT_YET = ("sequence-parallel", "zero", "expert", "context")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``plan``."""
+    parser.add_argument("model", metavar="MODEL", help="zoo name, spec, or package.module:function")
+    parser.add_argument("--cluster", required=True, metavar="C", help="p3.16xlarge:8, cpu:4, a sum, or a cluster file")
+    parser.add_argument("--batch", required=True, type=int, metavar="N", help="sequences or images per optimizer step")
+    parser.add_argument("--out", "-o", metavar="PLAN", help="write the plan to this file")
+    parser.add_argument(
+        "--fix",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="give instead of searching: microbatches, microbatch-size, schedule, remat, pipeline, data, tensor, "
+        "stages=DxT,DxT… (data x tensor of each stage); may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trace, search, save, print."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # planning traces; it never needs, or takes, an accelerator
+    from meshwright.models.zoo import get_model
+    from meshwright.plan.trace.model import trace
+
+    cluster = parse_cluster(args.cluster)
+    model = get_model(args.model)
+    traced: list[ModelGraph] = []
+
+    def graphs(microbatches: int) -> ModelGraph:
+        traced.append(trace(model, args.batch, microbatches, like=traced[0] if traced else None).graph)
+        return traced[-1]
+
+    request = Request(cluster, args.batch, parse_fixes(args.fix, args.batch))
+    with progress_display("plan") as progress:
+        plan = search(graphs, request, lambda done, total, text: progress(done / total, text))
+    if args.out:
+        save_plan(plan, args.out)
+    print(json.dumps(public_json(plan), allow_nan=False) if args.json else report(plan, args.out))
+    return 0
+
+
+def parse_fixes(given: Sequence[str], batch: int) -> Fix:
+    """``--fix key=value`` options as a ``Fix``.
+
+    Errors: PlanError naming the option that cannot be read.
+    """
+    fix = Fix()
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise PlanError(f"--fix {text} has no value; write --fix KEY=VALUE")
+        match key:
+            case "schedule":
+                fix = replace(fix, schedule=value)
+            case "remat":
+                fix = replace(fix, remat=_remat(value))
+            case "stages":
+                fix = replace(fix, stages=tuple(_mesh(part) for part in value.split(",")))
+            case _ if key in _COUNTS:
+                fix = replace(fix, **_count(key, _whole(key, value), batch))
+            case _ if key in _NOT_YET:
+                raise PlanError(f"--fix {key} cannot be planned yet; leave it out")
+            case _:
+                raise PlanError(
+                    f"--fix {key} is unknown; known are {', '.join((*_COUNTS, 'schedule', 'remat', 'stages'))}"
+                )
+    return fix
+
+
+def _count(key: str, value: int, batch: int) -> dict[str, Any]:
+    if key != "microbatch-size":
+        return {key: value}
+    if value < 1 or batch % value:
+        raise PlanError(f"a batch of {batch} does not split into micro-batches of {value}; use a divisor of {batch}")
+    return {"microbatches": batch // value}
+
+
+def _whole(key: str, value: str) -> int:
+    if not value.isdecimal():
+        raise PlanError(f"--fix {key}={value}: a whole number is needed")
+    return int(value)
+
+
+def _remat(value: str) -> Any:
+    if value == "selective":
+        raise PlanError("--fix remat=selective cannot be planned yet; use none or full")
+    return value
+
+
+def _mesh(part: str) -> tuple[int, int]:
+    data, cross, tensor = part.partition("x")
+    if not (cross and data.isdecimal() and tensor.isdecimal() and int(data) >= 1 and int(tensor) >= 1):
+        raise PlanError(f"--fix stages: {part!r} is no mesh; write data x tensor of each stage, as in 1x1,1x3")
+    return int(data), int(tensor)
+
+
+def report(plan: Plan, out: str | None) -> str:
+    """The plan and its runners-up for people."""
+    lines = [table(plan), "", f"searched {plan.search['candidates']:.0f} candidates in {plan.search['seconds']:.1f} s"]
+    if plan.rivals:
+        lines += ["runners-up:"]
+        lines += [f"  {seconds_text(r.iteration_seconds):>8}  {r.name}: {r.why_not}" for r in plan.rivals[:5]]
+    if out:
+        lines += [f"wrote {out}; run it with: meshwright execute {out}"]
+    return "\n".join(lines)
