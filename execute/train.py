@@ -51,16 +51,22 @@ class Trainer:
 
     def init(self, key: jax.Array) -> State:
         """First parameters and optimizer state, made where they live; the values are those of ``model.init_fn(key)``."""
+        typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        # The words of the key: a key itself cannot be placed on devices of other processes.
+        words = np.asarray(jax.random.key_data(key))
         states: State = {}
         for stage in self.runtime.programs:
             split, mesh = self.splits[stage], self.runtime.meshes[stage]
             places = [sharding(mesh, split.parameter_specs[leaf]) for leaf in split.parameters]
 
-            def make(key: jax.Array, leaves: tuple[int, ...] = split.parameters) -> list[Any]:
-                every = jax.tree.leaves(self.model.init_fn(key))
+            def make(words: jax.Array, leaves: tuple[int, ...] = split.parameters) -> list[Any]:
+                own_key = jax.random.wrap_key_data(words, impl=jax.random.key_impl(key)) if typed else words
+                every = jax.tree.leaves(self.model.init_fn(own_key))
                 return [every[leaf] for leaf in leaves]
 
-            arrays = jax.jit(make, out_shardings=places)(jax.device_put(key, NamedSharding(mesh, PartitionSpec())))
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            placed = jax.make_array_from_callback(words.shape, everywhere, words.__getitem__)
+            arrays = jax.jit(make, out_shardings=places)(placed)
             weights = dict(zip(split.parameters, arrays, strict=True))
             owned = self.optimizer.owned(stage)
             begin = jax.jit(

@@ -1,0 +1,85 @@
+"""What the tests of training share: tiny plans, batches that can be learnt, and plain JAX on one device as the truth."""
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from meshwright.calibrate.hardware import parse_cluster
+from meshwright.models.base import Model, PyTree
+from meshwright.models.zoo import get_model
+from meshwright.plan.planfile import Plan
+from meshwright.plan.search import Fix, Request, search
+from meshwright.plan.trace.model import trace
+from tests.models.training import compiled
+
+
+def key(seed: int = 1) -> jax.Array:
+    """A key of a generator that compiles in a third of the time of the usual one."""
+    return jax.random.key(seed, impl="rbg")
+
+
+@cache
+def model_of(spec: str) -> Model:
+    """A zoo model; one object for each spec, so that what was compiled for it is found again."""
+    return get_model(spec)
+
+
+def planned(model: Model, batch: int, microbatches: int, devices: int = 4, **fixed: Any) -> Plan:
+    """The best plan for some CPU devices, as far as it is not fixed."""
+    fix = Fix(microbatches=microbatches, **{"remat": "none", **fixed})
+    request = Request(parse_cluster(f"cpu:{devices}"), batch, fix)
+    return search(lambda count: trace(model, batch, count).graph, request)
+
+
+def batches(model: Model, size: int, steps: int, classes: int = 16, seed: int = 0) -> list[PyTree]:
+    """One batch for each step. Of tokens, the target follows from the token, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray[Any, Any]:
+        whole = np.issubdtype(leaf.dtype, np.integer)
+        values = rng.integers(0, classes, leaf.shape) if whole else rng.normal(size=leaf.shape)
+        return values.astype(leaf.dtype)
+
+    found = []
+    for _ in range(steps):
+        batch = jax.tree.map(draw, model.batch_fn(size))
+        if "targets" in batch:
+            batch["targets"] = (5 * batch["tokens"] + 1) % classes
+        found.append(batch)
+    return found
+
+
+def first_parameters(model: Model, seed: int = 1) -> PyTree:
+    return compiled(model.init_fn)(key(seed))
+
+
+def train_plainly(
+    model: Model, weights: PyTree, data: Iterable[PyTree], microbatches: int, optimizer: optax.GradientTransformation
+) -> tuple[list[float], PyTree]:
+    """Plain JAX on one device over the same micro-batches: the loss of each step, and the parameters after the last."""
+    differentiate, update = _gradient_of(model), compiled(optimizer.update)
+    state = optimizer.init(weights)
+    scale = 1.0 / microbatches if model.loss_reduction == "mean" else 1.0
+    losses = []
+    for batch in data:
+        gradient, total = None, 0.0
+        for m in range(microbatches):
+            part = jax.tree.map(lambda leaf, m=m: np.split(leaf, microbatches)[m], batch)
+            result, more = differentiate(weights, part)
+            gradient = more if gradient is None else jax.tree.map(jnp.add, gradient, more)
+            total += float(result[0] if model.has_aux else result)
+        gradient = jax.tree.map(lambda g: g * jnp.asarray(scale, g.dtype), gradient)
+        changes, state = update(gradient, state, weights)
+        weights = optax.apply_updates(weights, changes)
+        losses.append(total * scale)
+    return losses, weights
+
+
+@cache
+def _gradient_of(model: Model) -> Any:
+    return cast(Any, compiled(jax.value_and_grad(model.loss_fn, has_aux=model.has_aux)))
