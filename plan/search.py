@@ -28,7 +28,15 @@ from meshwright.plan.inter import (
 from meshwright.plan.planfile import FORMAT, VERSION, Plan, Predicted, Rival, bytes_text, cluster_data
 from meshwright.plan.predict import judge, simulate_stages
 from meshwright.plan.space import Memory
-from meshwright.plan.stages import MeshKind, Setting, SpaceCache, StagePricer, logical_mesh, mesh_kinds
+from meshwright.plan.stages import (
+    MeshKind,
+    Setting,
+    SpaceCache,
+    StagePricer,
+    logical_mesh,
+    mesh_kinds,
+    without_wasted_devices,
+)
 
 Remat = Literal["none", "full"]
 Graphs = Callable[[int], ModelGraph]
@@ -51,6 +59,11 @@ class Fix:
     data: int | None = None
     tensor: int | None = None
     stages: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def meshes(self) -> bool:
+        """Whether the user gives submeshes."""
+        return any(x is not None for x in (self.pipeline, self.data, self.tensor, self.stages))
 
     def __post_init__(self) -> None:
         for name in ("microbatches", "pipeline", "data", "tensor"):
@@ -192,6 +205,8 @@ def _candidates(
             start = time.perf_counter()
             pricer = StagePricer(setting, kinds, request.use_ilp, spaces)
             table = pricer.stage_table(cluster)
+            if not fix.meshes:
+                table = without_wasted_devices(table)
             clock.intra += time.perf_counter() - start
             clock.ilp_solves += pricer.ilp_solves
             for schedule in tuple(unsolved):
@@ -235,8 +250,7 @@ def _stage_plans(
 ) -> list[StagePlan]:
     if request.fix.stages is not None:
         return [_given_stages(table, len(request.fix.stages), count, schedule)]
-    whole = bool(request.fix.pipeline or request.fix.data or request.fix.tensor)
-    return best_stages(table, count, schedule, keep, None, request.cross_mesh, all_devices=whole)
+    return best_stages(table, count, schedule, keep, None, request.cross_mesh, all_devices=request.fix.meshes)
 
 
 def _given_stages(table: StageTable, stages: int, count: int, schedule: PipelineSchedule) -> StagePlan:

@@ -5,7 +5,7 @@ A stage is a chain of layers that meet at boundary layouts, so its table is the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -289,6 +289,19 @@ def _entry_bytes(table: LayerTable) -> FloatArray:
         ],
         dtype=float,
     )
+
+
+def without_wasted_devices(table: StageTable) -> StageTable:
+    """The table without stages that some smaller submesh runs as fast and with as little memory: copies that wait."""
+    seconds = table.seconds.min(axis=(3, 4))  # (first, last, kind)
+    live = np.where(np.isfinite(table.seconds), table.static_bytes + table.saved_bytes, np.inf).min(axis=(3, 4))
+    kept = table.seconds.copy()
+    for kind, devices in enumerate(table.devices):
+        smaller = table.devices < devices
+        if smaller.any():
+            as_good = (seconds[..., smaller] <= seconds[..., [kind]]) & (live[..., smaller] <= live[..., [kind]])
+            kept[:, :, kind][as_good.any(axis=-1)] = np.inf
+    return replace(table, seconds=kept)
 
 
 def mesh_kinds(cluster: Cluster) -> tuple[MeshKind, ...]:

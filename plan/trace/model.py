@@ -17,7 +17,6 @@ from meshwright.plan.trace.equations import Equation, Literal
 from meshwright.plan.trace.forward import Cut, Cutter, Forward, active_values, cut_into_layers, trace_forward
 from meshwright.plan.trace.joint import JointLayer, join, literal_tensor
 
-
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # JAX prints a jaxpr in colour where it thinks a terminal reads it
 
 
