@@ -49,7 +49,7 @@ def compare(priced: Sequence[Priced], programs: StagePrograms) -> tuple[Comparis
     return tuple(rows)
 
 
-def worst_deviation(rows: Sequence[Comparison]) -> float:
+def deviation(rows: Sequence[Comparison]) -> float:
     """Elements that are on one side only, over all that are priced: 0 is exact. Infinite if nothing was priced."""
     apart = sum(abs(row.compiled_elements - row.priced_elements) for row in rows)
     total = sum(row.priced_elements for row in rows)

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.compiled_collectives import Subject
-from meshwright.execute.audit import Comparison, compare, worst_deviation
+from meshwright.execute.audit import Comparison, compare, deviation
 from meshwright.plan.priced import Priced
 
 
@@ -68,4 +68,4 @@ def test_what_was_not_priced_shows() -> None:
     programs = _Programs(forward="%g = f32[8]{0} all-gather(%a), replica_groups={{0,1}}, dimensions={0}")
     rows = compare([], programs)  # type: ignore[arg-type]
     assert rows == (Comparison("forward", "all_gather", 0.0, 8.0),)
-    assert worst_deviation(rows) == float("inf")
+    assert deviation(rows) == float("inf")
