@@ -12,7 +12,7 @@ from meshwright.execute.launch import launch
 from meshwright.plan.planfile import save_plan
 from tests.execute.plain import batches, first_parameters, model_of, planned, train_plainly
 
-SPEC = "gpt:layers=4,hidden=48,heads=3,seq=24,vocab=96"  # tied embeddings: first and last stage share a weight
+SPEC = "gpt:layers=2,hidden=48,heads=3,seq=24,vocab=96"  # tied embeddings: first and last stage share a weight
 BATCH, STEPS = 12, 20
 
 PLANS: dict[str, tuple[int, dict[str, Any]]] = {  # micro-batches, and what is fixed
