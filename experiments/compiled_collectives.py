@@ -35,7 +35,7 @@ _TIED = (
     "The table that embedding and output share is one array in the stage, but each layer is priced by itself: its "
     "gradient is summed once, not twice, and where the two layers lay it out differently one of them reshards it."
 )
-_COPIES = "Readers in different operators share one gathered copy, which the planner prices once for each of them."
+_COPIES = "Readers in different operators share one resharded copy, which the planner prices once for each of them."
 _ORDER = (
     "Where both axes cut one dim, the order of its pieces matters: the compiler restores it by permutes, which the "
     "planner does not price, and moves both axes in one all-to-all, which the planner prices as one for each axis."
