@@ -1,0 +1,113 @@
+"""``meshwright plan``: what it prints, and the one line that each wrong request gets."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from meshwright.cli.main import main
+from meshwright.cli.plan import parse_fixes
+from meshwright.errors import PlanError
+from meshwright.plan.planfile import load_plan
+from meshwright.plan.search import Fix
+
+TINY = "gpt:layers=2,hidden=32,heads=2,seq=16,vocab=256"
+
+
+@pytest.fixture(scope="module")
+def tiny_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    assert main(["plan", TINY, "--cluster", "cpu:2", "--batch", "4", "-o", str(path), "--fix", "pipeline=2"]) == 0
+    return path
+
+
+def test_the_json_has_the_fields_of_the_contract_and_nothing_else_is_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", TINY, "--cluster", "cpu:2", "--batch", "4", "--fix", "microbatches=2", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["microbatches"] == 2
+    assert {"model", "cluster", "batch", "schedule", "remat", "stages", "predicted", "search", "rivals"} <= set(data)
+    assert {"layers", "devices", "mesh", "forward_seconds", "backward_seconds", "peak_memory_bytes"} <= set(
+        data["stages"][0]
+    )
+    assert data["predicted"]["fits"] is True
+    assert data["predicted"]["iteration_seconds"] > 0
+
+
+def test_the_plan_file_is_what_was_asked_for(tiny_plan: Path) -> None:
+    plan = load_plan(tiny_plan)
+    assert (plan.model, plan.batch, len(plan.stages)) == (TINY, 4, 2)
+
+
+def test_a_plan_can_be_simulated_drawn_and_traced(
+    tiny_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, traced = tmp_path / "t.png", tmp_path / "t.json"
+    assert main(["simulate", str(tiny_plan), "--json", "--plot", str(picture), "--trace", str(traced)]) == 0
+    predicted = json.loads(capsys.readouterr().out)["predicted"]
+    assert predicted["iteration_seconds"] == load_plan(tiny_plan).predicted.iteration_seconds
+    assert picture.stat().st_size > 0
+    assert json.loads(traced.read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (["gpt-3b", "--cluster", "cpu:2", "--batch", "4"], "did you mean"),
+        (["gpt:layers=two", "--cluster", "cpu:2", "--batch", "4"], "layers"),
+        ([TINY, "--cluster", "p4.16xlarge:2", "--batch", "4"], "p3.16xlarge"),
+        ([TINY, "--cluster", "absent.json", "--batch", "4"], "absent.json"),
+        ([TINY, "--cluster", "cpu:2", "--batch", "0"], "at least 1"),
+        ([TINY, "--cluster", "cpu:2", "--batch", "10", "--fix", "microbatches=4"], "use 2 or 5"),
+        ([TINY, "--cluster", "cpu:2", "--batch", "10", "--fix", "microbatch-size=4"], "divisor of 10"),
+        ([TINY, "--cluster", "cpu:2", "--batch", "4", "--fix", "pipeline=3"], "2 devices"),
+        ([TINY, "--cluster", "cpu:2", "--batch", "4", "--fix", "colour=red"], "known are"),
+        ([TINY, "--cluster", "cpu:2", "--batch", "4", "--fix", "schedule=zb-h1"], "1f1b or gpipe"),
+        (["gpt-175b", "--cluster", "p3.16xlarge:1", "--batch", "8", "--fix", "microbatches=8"], "more devices"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_one_line_that_says_what_to_change(
+    request_: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *request_, "--json"]) == 1
+    out, err = capsys.readouterr()
+    complaint = [line for line in err.splitlines() if not line.startswith("plan:")]  # without progress
+    assert out == ""
+    assert len(complaint) == 1
+    assert complaint[0].startswith("meshwright: ")
+    assert says in complaint[0].replace("Use more", "use more")
+
+
+def damaged(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def newer(data: bytes) -> bytes:
+    return data.replace(b'"version": 1', b'"version": 99', 1)
+
+
+@pytest.mark.parametrize(("harm", "says"), [(damaged, "make it again"), (newer, "update meshwright")])
+@pytest.mark.parametrize("command", ["simulate", "execute"])
+def test_a_plan_that_is_damaged_or_newer_is_refused(
+    command: str, harm: type[bytes], says: str, tiny_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_bytes(harm(tiny_plan.read_bytes()))
+    assert main([command, str(bad)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert says in err
+
+
+def test_fixes_are_read_as_they_are_written() -> None:
+    given = ["schedule=gpipe", "remat=full", "microbatch-size=2", "tensor=4", "stages=1x1,1x3"]
+    wanted = Fix(microbatches=4, schedule="gpipe", remat="full", tensor=4, stages=((1, 1), (1, 3)))
+    assert parse_fixes(given, batch=8) == wanted
+
+
+@pytest.mark.parametrize("text", ["pipeline", "pipeline=two", "pipeline=0", "stages=1-1", "zero=3", "remat=selective"])
+def test_a_fix_that_cannot_be_read_is_named(text: str) -> None:
+    with pytest.raises(PlanError, match=text.partition("=")[0]):
+        parse_fixes([text], batch=8)
