@@ -29,7 +29,7 @@ class StagePrograms:
 
     forward(parameters, batch, received) -> (produced values that others read, kept, loss and aux)
     backward(parameters, batch, received, kept, cotangents, accumulators) -> (accumulators, cotangents of received)
-    zeros() -> accumulators; reduce(accumulators) -> one gradient per parameter of the stage
+    zeros() -> accumulators; reduce(*accumulators) -> one gradient per parameter of the stage
     """
 
     forward: Any
@@ -247,7 +247,7 @@ class _StageBuilder:
             for leaf in [self.graph.parameters[key.leaf]]
         ]
 
-    def reduce(self, accumulators: Sequence[Array]) -> list[Array]:
+    def reduce(self, *accumulators: Array) -> list[Array]:
         """Sum what was left partial and what several layers of the stage gave for one leaf; in the parameter's spec."""
         gradients: dict[int, Array] = {}
         for key, total in zip(self.split.gradients, accumulators, strict=True):
@@ -287,7 +287,12 @@ class _StageBuilder:
         backward = jax.jit(self.backward, out_shardings=(accumulators, returned), donate_argnums=5).lower(
             parameters, batch, received, kept, cotangents, sums
         )
-        reduce = jax.jit(self.reduce, out_shardings=gradients, donate_argnums=0).lower(sums)
+        whole = tuple(  # these become the gradient where they lie; the memory of a partial sum fits none
+            position
+            for position, key in enumerate(split.gradients)
+            if not key.partial and split.gradient_specs[key] == split.parameter_specs[key.leaf]
+        )
+        reduce = jax.jit(self.reduce, out_shardings=gradients, donate_argnums=whole).lower(*sums)
         return StagePrograms(forward.compile(), backward.compile(), zeros.compile(), reduce.compile(), self.outputs)
 
     def _kept_shape(self, key: KeptKey) -> jax.ShapeDtypeStruct:

@@ -321,7 +321,7 @@ class _Step:
     def _reduce(self, stage: int) -> Any:
         with_gradient = {key.leaf for key in self.r.splits[stage].gradients}
         leaves = [leaf for leaf in self.r.splits[stage].parameters if leaf in with_gradient]
-        gradients = self.r.programs[stage].reduce(self.accumulators.pop(stage))
+        gradients = self.r.programs[stage].reduce(*self.accumulators.pop(stage))
         self.gradients[stage] = dict(zip(leaves, gradients, strict=True))
         return gradients
 

@@ -85,7 +85,11 @@ class Trainer:
         """
         start = time.perf_counter()
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
-        for leaf, planned in zip(leaves, self.runtime.graph.batch, strict=True):
+        wants = self.runtime.graph.batch
+        if len(leaves) != len(wants):
+            names = ", ".join(leaf.name for leaf in wants)
+            raise ExecutionError(f"the batch has {len(leaves)} leaves; the model wants {len(wants)}: {names}")
+        for leaf, planned in zip(leaves, wants, strict=True):
             wanted = (self.plan.batch, *planned.tensor.shape[1:])
             if leaf.shape != wanted:
                 raise ExecutionError(f"batch leaf {planned.name!r} has shape {leaf.shape}; the plan is for {wanted}")

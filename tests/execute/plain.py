@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from meshwright.calibrate.hardware import parse_cluster
+from meshwright.calibrate.hardware import Cluster, cluster_from_data, cluster_to_data, parse_cluster
+from meshwright.execute.split import read_layout
 from meshwright.models.base import Model, PyTree
 from meshwright.models.zoo import get_model
-from meshwright.plan.planfile import Plan
+from meshwright.plan.planfile import Plan, PlannedStage
 from meshwright.plan.search import Fix, Request, search
 from meshwright.plan.trace.model import trace
 from tests.models.training import compiled
@@ -29,11 +30,36 @@ def model_of(spec: str) -> Model:
     return get_model(spec)
 
 
+def slow_devices_fast_links(devices: int) -> Cluster:
+    """A cluster where all that can be split is worth splitting, however small. (On a real one tiny models are not.)"""
+    data = cluster_to_data(parse_cluster(f"cpu:{devices}"))
+    [host] = data["hosts"]
+
+    def assumed(value: float) -> dict[str, Any]:
+        return {"value": value, "source": "assumption of a test"}
+
+    rates = dict.fromkeys(("f32", "bf16", "f16"), assumed(1e6))
+    host["device"] |= {"flops_per_second": rates, "memory_bytes_per_second": assumed(1e6)}
+    host["cores"] = devices  # nobody shares one
+    host["link"] = {"bytes_per_second": assumed(1e12), "latency_seconds": assumed(1e-9)}
+    return cluster_from_data(data)
+
+
 def planned(model: Model, batch: int, microbatches: int, devices: int = 4, **fixed: Any) -> Plan:
-    """The best plan for some CPU devices, as far as it is not fixed."""
+    """The best plan for ``slow_devices_fast_links``, as far as it is not fixed."""
     fix = Fix(microbatches=microbatches, **{"remat": "none", **fixed})
-    request = Request(parse_cluster(f"cpu:{devices}"), batch, fix)
+    request = Request(slow_devices_fast_links(devices), batch, fix)
     return search(lambda count: trace(model, batch, count).graph, request)
+
+
+def splits_as_fixed(plan: Plan) -> bool:
+    """Whether every mesh axis of every stage splits something, so that a test of the plan tests that axis."""
+
+    def axes(stage: PlannedStage) -> set[str]:
+        layouts = [read_layout(plan.layouts[name]) for name in stage.layouts]
+        return {axis for layout in layouts for spec in layout.values.values() for dim in spec for axis in dim}
+
+    return all({axis for axis, size in stage.mesh.items() if size > 1} <= axes(stage) for stage in plan.stages)
 
 
 def batches(model: Model, size: int, steps: int, classes: int = 16, seed: int = 0) -> list[PyTree]:

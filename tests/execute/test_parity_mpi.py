@@ -10,7 +10,7 @@ import pytest
 
 from meshwright.execute.launch import launch
 from meshwright.plan.planfile import save_plan
-from tests.execute.plain import batches, first_parameters, model_of, planned, train_plainly
+from tests.execute.plain import batches, first_parameters, model_of, planned, splits_as_fixed, train_plainly
 
 SPEC = "gpt:layers=2,hidden=48,heads=3,seq=24,vocab=96"  # tied embeddings: first and last stage share a weight
 BATCH, STEPS = 12, 20
@@ -33,7 +33,9 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     (folder / "losses").mkdir()
     model = model_of(SPEC)
     for name, (microbatches, fixed) in PLANS.items():
-        save_plan(planned(model, BATCH, microbatches, **fixed), folder / f"{name}.json")
+        plan = planned(model, BATCH, microbatches, **fixed)
+        assert splits_as_fixed(plan), name
+        save_plan(plan, folder / f"{name}.json")
     data = batches(model, BATCH, STEPS)
     np.savez(folder / "batches.npz", **{name: np.stack([batch[name] for batch in data]) for name in data[0]})
     with pytest.MonkeyPatch.context() as patch:
