@@ -6,7 +6,6 @@ graph of some twenty nodes. Costs are vectors over ``COMPONENTS``: a node has on
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from meshwright.plan.sharding import (
     replicated,
     reshard,
 )
+from meshwright.plan.splits import OperatorSplit, enumerate_splits, sample_dims, split_of
 from meshwright.simulate.compute import op_seconds
 
 FloatArray = NDArray[np.float64]
@@ -58,16 +58,6 @@ class Home:
 
     node: int
     specs: tuple[Spec, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class OperatorSplit:
-    """How one operator runs under one strategy of its node."""
-
-    operands: tuple[Spec, ...]
-    results: tuple[Spec, ...]
-    contracted: Axes  # axes over which results are partial sums
-    shards: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,95 +132,13 @@ def build_space(
     return _Builder(graph, mesh, memory, chosen, tuple(roles)).build()
 
 
-def split_of(op: Operator, axes_of_factor: Mapping[int, Axes], mesh: LogicalMesh) -> OperatorSplit:
-    """Apply an assignment of mesh axes to factors."""
-
-    def spec(dims: Sequence[int]) -> Spec:
-        return tuple(axes_of_factor.get(f, ()) if f != UNSPLIT else () for f in dims)
-
-    used = {a for axes in axes_of_factor.values() for a in axes}
-    contracted = tuple(sorted(a for f in op.rule.contracted for a in axes_of_factor.get(f, ())))
-    return OperatorSplit(
-        operands=tuple(spec(d) for d in op.rule.operands),
-        results=tuple(spec(d) for d in op.rule.results),
-        contracted=contracted,
-        shards=mesh.size(tuple(sorted(used))),
-    )
-
-
-def enumerate_splits(
-    op: Operator, mesh: LogicalMesh, roles: Sequence[str] = (), sample_factors: frozenset[int] = frozenset()
-) -> tuple[OperatorSplit, ...]:
-    """All ways to give the mesh axes to the factors worth splitting, each axis to one factor or to none.
-
-    ``sample_factors`` are those that count samples: the only ones for an axis with role "data", none for "tensor".
-    """
-    choices = [UNSPLIT, *_worth_splitting(op, mesh)]
-
-    def allowed(axis: int, factor: int) -> bool:
-        role = roles[axis] if roles else "any"
-        return role == "any" or factor == UNSPLIT or (role == "data") == (factor in sample_factors)
-
-    active = [a for a, size in enumerate(mesh.sizes) if size > 1]
-    found: dict[tuple[tuple[int, Axes], ...], OperatorSplit] = {}
-    for assignment in product(*([f for f in choices if allowed(axis, f)] for axis in active)):
-        axes_of_factor: dict[int, Axes] = {}
-        for axis, factor in zip(active, assignment, strict=True):
-            if factor != UNSPLIT:
-                axes_of_factor[factor] = (*axes_of_factor.get(factor, ()), axis)
-        if all(op.rule.sizes[f] % mesh.size(axes) == 0 for f, axes in axes_of_factor.items()):
-            found.setdefault(tuple(sorted(axes_of_factor.items())), split_of(op, axes_of_factor, mesh))
-    return tuple(found.values())
-
-
-def _worth_splitting(op: Operator, mesh: LogicalMesh) -> list[int]:
-    """One factor for each role (left, right, contracted, …), two for batch dims of a product.
-
-    Factors of one role cost the same however they are split, so the first that divides stands for all; where it does
-    not divide over the whole mesh, the next is offered too. A product whose batch dims take every axis needs no other.
-    """
-    roles: dict[tuple[tuple[int, ...], tuple[int, ...], bool], list[int]] = {}
-    for factor in range(len(op.rule.sizes)):
-        where_in = tuple(i for i, dims in enumerate(op.rule.operands) if factor in dims)
-        where_out = tuple(i for i, dims in enumerate(op.rule.results) if factor in dims)
-        roles.setdefault((where_in, where_out, factor in op.rule.contracted), []).append(factor)
-    active = [size for size in mesh.sizes if size > 1]
-    chosen: list[int] = []
-    for (where_in, where_out, _), factors in roles.items():
-        batch_of_product = op.heavy and len(where_in) == 2 and bool(where_out)
-        wanted = 2 if batch_of_product else 1
-        mine: list[int] = []
-        for factor in factors:
-            if any(op.rule.sizes[factor] % size == 0 for size in active):
-                mine.append(factor)
-                wanted -= op.rule.sizes[factor] % mesh.devices == 0
-            if wanted == 0:
-                break
-        if batch_of_product and len(mine) == 2 and wanted == 0:
-            return mine
-        chosen += mine
-    return chosen
-
-
-def _sample_dims(graph: LayerGraph) -> dict[int, int]:
-    """Value -> the dim that counts samples, followed from the batch and the boundaries (dim 0 there)."""
-    known = {v: 0 for v in (*graph.batch, *graph.entries, *graph.exit_cotangents) if v >= 0 and graph.tensors[v].shape}
-    for op in graph.operators:
-        factors = {dims[known[v]] for v, dims in zip(op.inputs, op.rule.operands, strict=True) if v in known}
-        for out, dims in zip(op.outputs, op.rule.results, strict=True):
-            found = [d for d, factor in enumerate(dims) if factor != UNSPLIT and factor in factors]
-            if found:
-                known[out] = found[0]
-    return known
-
-
 class _Builder:
     def __init__(
         self, graph: LayerGraph, mesh: LogicalMesh, memory: Memory, layouts: tuple[Axes, ...], roles: tuple[str, ...]
     ) -> None:
         self.graph, self.mesh, self.memory, self.roles = graph, mesh, memory, roles
         self.space = Space(graph, mesh, layouts)
-        self.sample_dims = _sample_dims(graph) if roles else {}
+        self.sample_dims = sample_dims(graph) if roles else {}
         self.producer = graph.producer()
         self.pending = {*graph.parameters, *graph.batch}  # no home yet: the first reader decides
         self.free: set[int] = set()  # constants: any spec at no cost
