@@ -50,8 +50,8 @@ class Trainer:
     parameter_tree: Any = field(default=None)
 
     def init(self, key: jax.Array) -> State:
-        """First parameters and optimizer state, made where they live; the values are those of ``model.init_fn(key)``."""
-        typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        """First parameters and optimizer state, made where they live; values are those of ``model.init_fn(key)``."""
+        typed = jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)
         # The words of the key: a key itself cannot be placed on devices of other processes.
         words = np.asarray(jax.random.key_data(key))
         states: State = {}

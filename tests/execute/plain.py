@@ -1,8 +1,8 @@
-"""What the tests of training share: tiny plans, batches that can be learnt, and plain JAX on one device as the truth."""
+"""What the tests of training share: tiny plans, batches that can be learnt, plain JAX as the truth."""
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,26 @@ def batches(model: Model, size: int, steps: int, classes: int = 16, seed: int = 
             batch["targets"] = (5 * batch["tokens"] + 1) % classes
         found.append(batch)
     return found
+
+
+def layered(reduction: Literal["mean", "sum"], skip: bool = False) -> Model:
+    """A loss with aux, as users write it; with ``skip`` the last layer adds what the first gave."""
+
+    def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        first = x = jnp.tanh(batch["x"] @ params[0]["w"] + params[0]["b"])
+        for layer in params[1:]:
+            x = jnp.tanh(x @ layer["w"] + layer["b"])
+        wrong = ((x + first if skip else x) - batch["y"]) ** 2
+        loss = wrong.mean() if reduction == "mean" else wrong.sum()
+        return loss, {"worst": wrong.max(), "loss": loss}
+
+    def init_fn(key: jax.Array) -> Any:
+        return [{"w": jax.random.normal(k, (24, 24)) / 5, "b": jnp.zeros(24)} for k in jax.random.split(key, 6)]
+
+    def batch_fn(size: int) -> Any:
+        return {name: jax.ShapeDtypeStruct((size, 24), jnp.float32) for name in "xy"}
+
+    return Model(f"layered {reduction}", loss_fn, init_fn, batch_fn, has_aux=True, loss_reduction=reduction)
 
 
 def first_parameters(model: Model, seed: int = 1) -> PyTree:
