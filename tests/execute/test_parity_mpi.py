@@ -18,7 +18,7 @@ BATCH, STEPS = 12, 20
 PLANS: dict[str, tuple[int, dict[str, Any]]] = {  # micro-batches, and what is fixed
     "pipeline 2 x tensor 2": (3, {"pipeline": 2, "tensor": 2, "data": 1, "schedule": "1f1b"}),
     "pipeline 4": (3, {"pipeline": 4, "tensor": 1, "data": 1, "schedule": "gpipe"}),
-    "data 4": (2, {"pipeline": 1, "tensor": 1, "data": 4}),
+    "data 4": (3, {"pipeline": 1, "tensor": 1, "data": 4}),
     "tensor 4": (2, {"pipeline": 1, "tensor": 4, "data": 1}),
     "unequal meshes": (2, {"stages": ((1, 1), (1, 3)), "schedule": "1f1b"}),
 }
@@ -37,7 +37,8 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
         assert splits_as_fixed(plan), name
         save_plan(plan, folder / f"{name}.json")
     data = batches(model, BATCH, STEPS)
-    np.savez(folder / "batches.npz", **{name: np.stack([batch[name] for batch in data]) for name in data[0]})
+    stacked: dict[str, Any] = {name: np.stack([batch[name] for batch in data]) for name in data[0]}
+    np.savez(folder / "batches.npz", **stacked)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_PLATFORMS", "cpu")
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes longer than the training

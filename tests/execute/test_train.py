@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -132,7 +132,7 @@ def test_a_model_that_computes_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_loss_with_aux_and_losses_that_add_up(reduction: str) -> None:
+def test_a_loss_with_aux_and_losses_that_add_up(reduction: Literal["mean", "sum"]) -> None:
     model = layered(reduction)
     assert_parity(model, planned(model, 24, 3, pipeline=2, data=2, tensor=1), optax.sgd(0.01, momentum=0.9))
 
