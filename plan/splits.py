@@ -39,17 +39,26 @@ def enumerate_splits(
 ) -> tuple[OperatorSplit, ...]:
     """All ways to give the mesh axes to the factors worth splitting, each axis to one factor or to none.
 
-    ``sample_factors`` are those that count samples: the only ones for an axis with role "data", none for "tensor".
+    ``sample_factors`` are those that count samples: the only ones for an axis with role "data", none for "tensor". Who
+    gives an axis a role wants it used: such an axis idles only where no factor of its role divides.
     """
-    choices = [UNSPLIT, *_worth_splitting(op, mesh)]
-
-    def allowed(axis: int, factor: int) -> bool:
-        role = roles[axis] if roles else "any"
-        return role == "any" or factor == UNSPLIT or (role == "data") == (factor in sample_factors)
-
+    factors = _worth_splitting(op, mesh)
     active = [a for a, size in enumerate(mesh.sizes) if size > 1]
+    options: list[list[int]] = []
+    for axis in active:
+        role = roles[axis] if roles else "any"
+        mine = [f for f in factors if role == "any" or (role == "data") == (f in sample_factors)]
+        divides = any(op.rule.sizes[f] % mesh.sizes[axis] == 0 for f in mine)
+        options.append(mine if role != "any" and divides else [UNSPLIT, *mine])
+    return _valid_splits(op, mesh, active, options) or _valid_splits(op, mesh, active, [[UNSPLIT, *o] for o in options])
+
+
+def _valid_splits(
+    op: Operator, mesh: LogicalMesh, active: Sequence[int], options: Sequence[Sequence[int]]
+) -> tuple[OperatorSplit, ...]:
+    """One split for each different assignment of axes to factors whose sizes they divide."""
     found: dict[tuple[tuple[int, Axes], ...], OperatorSplit] = {}
-    for assignment in product(*([f for f in choices if allowed(axis, f)] for axis in active)):
+    for assignment in product(*options):
         axes_of_factor: dict[int, Axes] = {}
         for axis, factor in zip(active, assignment, strict=True):
             if factor != UNSPLIT:

@@ -73,6 +73,16 @@ def test_meshes_that_are_fixed_are_kept(fix: Fix, devices: list[int]) -> None:
                 assert stage.mesh.get(axis, 1) == size
 
 
+def test_an_axis_that_is_fixed_splits_its_part_even_where_links_are_slow() -> None:
+    """On CPU ranks copying would be quicker; who fixes an axis wants it used all the same."""
+    tensor = planned(fix=Fix(tensor=4, data=1, microbatches=1))
+    weights = [text for layout in tensor.layouts.values() for key, text in layout.values.items() if "parameter" in key]
+    assert sum("tensor" in text for text in weights) >= 4
+    data = planned(fix=Fix(data=4, tensor=1, microbatches=1))
+    assert {boundary for stage in data.stages for boundary in stage.boundaries} == {"data"}
+    assert any(layout.partial for layout in data.layouts.values())
+
+
 def test_schedule_remat_and_microbatches_that_are_fixed_are_kept() -> None:
     plan = planned(fix=Fix(microbatches=4, schedule="gpipe", remat="full", pipeline=2))
     assert (plan.microbatches, plan.schedule, plan.remat, len(plan.stages)) == (4, "gpipe", "full", 2)
