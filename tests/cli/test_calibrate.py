@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,15 @@ def test_two_ranks_are_measured_and_the_file_can_be_planned_for(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["machine.json"]
 
 
-def heed_interrupts() -> None:
-    """In the child: a shell's background jobs ignore SIGINT, and would pass that on to what they start."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.fixture
+def children_heed_interrupts() -> Iterator[None]:
+    """Background jobs of a shell ignore SIGINT and pass that on to what they start; a handler is not passed on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.usefixtures("children_heed_interrupts")
 def test_an_interrupted_run_leaves_no_file(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "--budget", "60s", "--ranks", "1", "--out", str(tmp_path / "machine.json")],
@@ -79,7 +84,6 @@ def test_an_interrupted_run_leaves_no_file(tmp_path: Path) -> None:
         text=True,
         cwd=TREE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        preexec_fn=heed_interrupts,
     )
     assert process.stderr is not None
     process.stderr.readline()  # the first line of progress: the worker is at it
