@@ -147,6 +147,18 @@ class ModelGraph:
     def parameter_count(self) -> int:
         return sum(leaf.tensor.elements for leaf in self.parameters)
 
+    def training_bytes(self, optimizer_bytes: float) -> float:
+        """What training keeps however it is split: weights once, and gradient and optimizer state of those trained.
+
+        Args:
+            optimizer_bytes: optimizer state per parameter element.
+        """
+        uses = [(use.parameters, self.classes[use.layer_class].gradients) for use in self.layers]
+        trained = {leaf for leaves, grads in uses for leaf, grad in zip(leaves, grads, strict=True) if grad >= 0}
+        weights = sum(leaf.tensor.bytes for leaf in self.parameters)
+        tensors = [self.parameters[leaf].tensor for leaf in sorted(trained)]
+        return float(weights + sum(t.bytes + optimizer_bytes * t.elements for t in tensors))
+
     @property
     def model_flops(self) -> float:
         """Matmul and convolution FLOPs of one micro-batch, forward and backward, nothing counted twice."""

@@ -147,6 +147,7 @@ def search(graphs: Graphs, request: Request, progress: Progress | None = None) -
             continue
         finally:
             clock.trace += time.perf_counter() - start
+        _refuse_if_hopeless(graph, request)
         found = False
         for candidate in _candidates(graph, count, request, clock, reasons):
             found = True
@@ -164,6 +165,19 @@ def search(graphs: Graphs, request: Request, progress: Progress | None = None) -
     close = [j for j in fitting if j.predicted.iteration_seconds <= best_seconds * _CLOSE]
     winner = min(close, key=lambda j: (*j.simplicity, j.predicted.peak_memory_bytes, j.predicted.iteration_seconds))
     return _plan(winner, judged, request, clock, time.perf_counter() - begun)
+
+
+def _refuse_if_hopeless(graph: ModelGraph, request: Request) -> None:
+    """Say at once that weights, gradients and optimizer state alone exceed the memory of all devices together."""
+    needed = graph.training_bytes(request.memory.optimizer_bytes)
+    there = sum(host.devices * host.device.memory_bytes.value for host in request.cluster.hosts)
+    if needed > there:
+        devices = sum(host.devices for host in request.cluster.hosts)
+        raise PlanError(
+            f"no plan fits: weights, gradients and optimizer state of {graph.name} need {bytes_text(needed)}, and the "
+            f"{devices} devices of {request.cluster.name} have {bytes_text(there)} together; "
+            f"use more than {int(needed / there * devices)} such devices or a smaller model"
+        )
 
 
 def microbatch_counts(batch: int, fixed: int | None) -> list[int]:

@@ -132,10 +132,18 @@ def test_where_memory_is_short_the_plan_keeps_to_it() -> None:
 
 
 def test_a_model_that_is_too_large_is_refused_with_one_line() -> None:
+    weights = graph_of(1).training_bytes(optimizer_bytes=8)
     with pytest.raises(PlanError) as caught:
-        search(graph_of, Request(small_memory(1e4), BATCH, Fix(schedule="1f1b", microbatches=1)))
+        search(graph_of, Request(small_memory(1.01 * weights / 4), BATCH, Fix(schedule="1f1b", microbatches=1)))
     assert "no plan fits" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_and_optimizer_that_no_split_can_hold_are_refused_before_anything_is_tried() -> None:
+    told: list[str] = []
+    with pytest.raises(PlanError, match=r"use more than \d+ such devices"):
+        search(graph_of, Request(small_memory(1e4), BATCH), lambda done, total, text: told.append(text))
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize(
