@@ -142,7 +142,7 @@ class _Step:
     def __init__(
         self, runtime: Runtime, states: Mapping[int, StageState], batch: Sequence[np.ndarray[Any, Any]], measure: bool
     ) -> None:
-        self.r, self.batch, self.measure = runtime, batch, measure
+        self.r, self.before, self.batch, self.measure = runtime, states, batch, measure
         self.states = {s: StageState(dict(state.parameters), list(state.optimizer)) for s, state in states.items()}
         self.samples: dict[tuple[int, int], list[Array]] = {}
         self.arrived: dict[tuple[int, int, str, int], dict[int, Array]] = {}
@@ -213,7 +213,8 @@ class _Step:
         """Bytes of the arrays of a stage that are alive, on each of its devices here."""
         state = self.states[stage]
         groups: list[Iterable[Array]] = [state.parameters.values(), state.optimizer, self.accumulators.get(stage, ())]
-        groups.append(self.gradients.get(stage, {}).values())
+        # Old weights are not donated to the update, so they live on beside the new ones until the step returns.
+        groups += [self.before[stage].parameters.values(), self.gradients.get(stage, {}).values()]
         groups += [arrays for (s, _), arrays in (*self.kept.items(), *self.samples.items()) if s == stage]
         groups += [arrays.values() for key, arrays in self.arrived.items() if key[1] == stage]
         groups += [arrays.values() for key, arrays in self.produced.items() if key[0] == stage]

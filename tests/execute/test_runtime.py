@@ -1,6 +1,6 @@
 """The interpreter walks the simulated program, instruction by instruction, and holds no more than it must."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import jax
@@ -67,6 +67,19 @@ def test_what_is_held_at_most_is_near_what_was_planned(trainer: Trainer) -> None
     measured = trainer.runtime.peak_bytes
     assert set(measured) == {0, 1, 2}
     assert all(0.5 < measured[s] / stage.peak_memory_bytes < 2 for s, stage in enumerate(trainer.plan.stages))
+
+
+def test_old_weights_count_beside_the_new_ones_while_the_optimizer_runs(trainer: Trainer) -> None:
+    """At the update a stage holds gradients, old and new weights, and the optimizer's state."""
+
+    def bytes_on_a_device(arrays: Iterable[jax.Array]) -> int:
+        return sum(array.addressable_shards[0].data.nbytes for array in arrays)
+
+    state = trainer.init(key())
+    states, _ = trainer.step(state, batches(trainer.model, 16, 1)[0], measure=True)
+    for stage, kept in states.items():
+        weights = bytes_on_a_device(kept.parameters.values())
+        assert trainer.runtime.peak_bytes[stage] >= 3 * weights + bytes_on_a_device(kept.optimizer)
 
 
 def test_a_program_that_deadlocks_names_what_waits(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
