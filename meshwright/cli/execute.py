@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -21,19 +22,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``execute``."""
     parser.add_argument("plan", metavar="PLAN", help="a plan file; without mpiexec, its ranks are started here")
     parser.add_argument("--data", metavar="FILE", help="text to train on, read as bytes (default: Python's own source)")
-    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, metavar="K", help="optimizer steps (%(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=DEFAULT_STEPS,
+        metavar="K",
+        help="optimizer steps, the first not timed (%(default)s)",
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="of AdamW (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of parameters and batches (%(default)s)")
     parser.add_argument("--metrics", metavar="FILE", help="append one JSON line a step")
     parser.add_argument("--trace", metavar="FILE", help="write predicted and measured timelines for ui.perfetto.dev")
     parser.add_argument("--plot", metavar="FILE", help="draw them, predicted above measured")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no notes on stderr")
 
 
 def run(args: argparse.Namespace) -> int:
     """Start the ranks, or be one of them."""
     if args.steps < 1:
         raise ExecutionError(f"--steps is {args.steps}; at least 1 is needed")
+    if not 0 < args.learning_rate < math.inf:
+        raise ExecutionError(f"--learning-rate is {args.learning_rate}; a positive number is needed, such as 1e-3")
     plan = load_plan(args.plan)
     if not inside_mpi():
         return launch(plan.devices, ["-m", "meshwright", *sys.argv[1:]])
@@ -64,10 +74,12 @@ def train(plan: Plan, args: argparse.Namespace) -> None:
             f"the plan is for {plan.devices} ranks and {group.size} were started; use mpiexec -n {plan.devices}"
         )
     model = get_model(plan.model)
-    batches = batches_of(model, plan, args)
+    batches, note = batches_of(model, plan, args)
     chief = group.rank == 0
-    say = Progress(args.steps) if chief else None
+    say = Progress(args.steps) if chief and not args.quiet else None
     if say:
+        if note:
+            print(note, file=sys.stderr)
         say.line("compiling")
     trainer = build(plan, model, optax.adamw(args.learning_rate), group)
     state = trainer.init(jax.random.key(args.seed))
@@ -88,22 +100,30 @@ def train(plan: Plan, args: argparse.Namespace) -> None:
         report(plan, args, [m.loss for m in history], [m.step_seconds for m in timed], gathered)
 
 
-def batches_of(model: Any, plan: Plan, args: argparse.Namespace) -> Iterator[Any]:
-    """Text as bytes for a language model that can read bytes, else random numbers of the right shapes."""
-    import jax
-    import numpy as np
+def batches_of(model: Any, plan: Plan, args: argparse.Namespace) -> tuple[Iterator[Any], str]:
+    """Text as bytes for a language model that can read bytes, else random numbers of the right shapes; and a note.
 
+    Errors: ExecutionError if ``--data`` is given for a model that does not read bytes; ModelError if it is no text.
+    """
     from meshwright.models.text import VOCAB, byte_batches, read_text
 
     shapes = model.batch_fn(plan.batch)
     if isinstance(shapes, dict) and set(shapes) == {"tokens", "targets"} and _vocabulary(model) >= VOCAB:
         text = None if args.data is None else read_text(args.data)
-        yield from byte_batches(shapes["tokens"].shape[1], plan.batch, args.seed, text=text)
+        return byte_batches(shapes["tokens"].shape[1], plan.batch, args.seed, text=text), ""
     if args.data is not None:
         raise ExecutionError(
             f"model {model.name!r} does not read text as bytes, so --data cannot be used; leave it out"
         )
-    rng = np.random.default_rng(args.seed)
+    return random_batches(shapes, args.seed), "note: the model does not read text as bytes; it trains on random numbers"
+
+
+def random_batches(shapes: Any, seed: int) -> Iterator[Any]:
+    """Batches without end: zeros and ones where whole numbers are wanted, which any vocabulary knows; else normals."""
+    import jax
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
 
     def draw(shape: Any) -> Any:
         if np.issubdtype(shape.dtype, np.integer):
@@ -143,13 +163,18 @@ class Progress:
             print(file=sys.stderr)
 
 
+def finite_or_none(number: float) -> float | None:
+    """JSON knows neither NaN nor infinity, which a diverged loss may be; they become null."""
+    return number if math.isfinite(number) else None
+
+
 def append_metrics(path: str, plan: Plan, metrics: Any) -> None:
     """One JSON line under the names that torchtitan's users know; tokens per second are per device."""
     tokens = plan.batch * plan.tokens_per_sample / plan.devices
     row = {
         "step": metrics.step,
         "time": time.time(),
-        "loss_metrics/global_avg_loss": metrics.loss,
+        "loss_metrics/global_avg_loss": finite_or_none(metrics.loss),
         "time_metrics/end_to_end(s)": metrics.step_seconds,
         "throughput(tps)": tokens / metrics.step_seconds,
     }
@@ -166,7 +191,8 @@ def report(
 
     prediction = predict(plan)
     median = statistics.median(seconds)
-    predicted = prediction.predicted.iteration_seconds
+    predicted, planned_peak = prediction.predicted.iteration_seconds, prediction.predicted.peak_memory_bytes
+    time_error = predicted / median - 1
     peak = max((held for _, peaks in gathered for held in peaks.values()), default=0.0)
     measured = merge_timelines([t for t, _ in gathered], tuple(stage.devices for stage in plan.stages))
     both = [("predicted", prediction.timeline), ("measured", measured)]
@@ -180,25 +206,23 @@ def report(
         write_trace(both, args.trace)
     result = {
         "steps": len(losses),
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
+        "loss_first": finite_or_none(losses[0]),
+        "loss_last": finite_or_none(losses[-1]),
         "step_seconds_median": median,
         "predicted_step_seconds": predicted,
-        "error_fraction": predicted / median - 1,
+        "error_fraction": time_error,
         "peak_memory_bytes": peak,
-        "predicted_peak_memory_bytes": prediction.predicted.peak_memory_bytes,
+        "predicted_peak_memory_bytes": planned_peak,
         "checkpoint": None,
     }
     if args.json:
         print(json.dumps(result, allow_nan=False))
         return
-    time_error = predicted / median - 1
-    memory_error = prediction.predicted.peak_memory_bytes / peak - 1 if peak else 0.0
+    memory_error = planned_peak / peak - 1 if peak else 0.0
     print(
         f"{'':<24}{'predicted':>12}{'measured':>12}{'error':>9}\n"
         f"{'step time (median)':<24}{seconds_text(predicted):>12}{seconds_text(median):>12}{time_error:>+9.1%}\n"
-        f"{'peak memory a device':<24}{bytes_text(prediction.predicted.peak_memory_bytes):>12}{bytes_text(peak):>12}"
-        f"{memory_error:>+9.1%}\n"
+        f"{'peak memory a device':<24}{bytes_text(planned_peak):>12}{bytes_text(peak):>12}{memory_error:>+9.1%}\n"
         f"loss: {losses[0]:.4f} at the first step, {losses[-1]:.4f} at step {len(losses)}"
     )
     print("measured memory: arrays alive plus what XLA says its programs need; without the Python process itself")
