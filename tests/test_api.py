@@ -1,5 +1,6 @@
 """The Python face, as the README shows it: a loss of the user's own, planned, predicted, built and trained."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,21 @@ def test_leaves_that_disagree_on_the_number_of_samples_are_refused() -> None:
     params, batch = problem()
     with pytest.raises(ModelError, match="dim 0"):
         mw.find_plan(loss_fn, params, {"x": batch["x"], "y": batch["y"][:4]}, cluster="cpu:2")
+
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def test_the_readmes_python_runs_and_prints_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trains, shows = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    expected = README.partition(shows)[2].split("```")[2].lstrip("\n")
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(trains, names)
+    assert (tmp_path / "timeline.png").stat().st_size > 0
+    assert names["metrics"].step == 1
+    assert "predicted:" in capsys.readouterr().out
+    exec(shows, {})
+    assert capsys.readouterr().out == expected
