@@ -4,8 +4,10 @@ One row per mesh. A row runs in order. ``Send`` never blocks the row; ``Receive`
 has arrived. A transfer is named by (source stage, target stage, what, micro-batch), so the two halves match by value.
 
 The text form is one word an instruction, made for eyes: ``0F2`` is the forward of micro-batch 2 on stage 0, ``0B2``
-its backward, ``0>1a2`` its activation on the way to stage 1 and ``1<0a2`` the wait for it there (``c`` for a
-cotangent, ``g`` for a tied weight's gradient, ``p`` for its parameter), ``0R`` the reduction and ``0U`` the update.
+its backward (``0I2`` and ``0W2`` its halves, the gradients of the input and of the weights, where it is split),
+``0>1a2`` its activation on the way to stage 1 and ``1<0a2`` the wait for it there (``c`` for a cotangent, ``g`` for a
+tied weight's gradient, ``p`` for its parameter, ``s`` for a partial sum of squared gradients, ``n`` for their norm),
+``0R`` the reduction, ``0U`` the update and ``0G`` the gathering of updated parameters.
 """
 
 import re
@@ -14,8 +16,15 @@ from typing import Literal
 
 from meshwright.errors import ScheduleError
 
-Payload = Literal["activation", "cotangent", "gradient", "parameter"]
-PAYLOADS: dict[str, Payload] = {"a": "activation", "c": "cotangent", "g": "gradient", "p": "parameter"}
+Payload = Literal["activation", "cotangent", "gradient", "parameter", "square", "norm"]
+PAYLOADS: dict[str, Payload] = {
+    "a": "activation",
+    "c": "cotangent",
+    "g": "gradient",
+    "p": "parameter",
+    "s": "square",
+    "n": "norm",
+}
 ONCE = -1  # the micro-batch number of what is sent once per iteration
 
 
@@ -28,6 +37,22 @@ class Forward:
 @dataclass(frozen=True, slots=True)
 class Backward:
     """Input- and weight-gradient of one micro-batch together."""
+
+    stage: int
+    microbatch: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardInput:
+    """The input-gradient half of a backward: what earlier stages wait for. A recomputed forward is charged here."""
+
+    stage: int
+    microbatch: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardWeight:
+    """The weight-gradient half of a backward: nobody waits for it before the reduction."""
 
     stage: int
     microbatch: int
@@ -67,38 +92,48 @@ class Update:
     stage: int
 
 
-Instruction = Forward | Backward | Send | Receive | Reduce | Update
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Bring the updated parameters of a stage, of which each device has updated a share, back to all of them."""
+
+    stage: int
+
+
+Compute = Forward | Backward | BackwardInput | BackwardWeight
+Instruction = Compute | Send | Receive | Reduce | Update | Gather
 Program = tuple[tuple[Instruction, ...], ...]
 
 
-def maker(send: Send) -> Instruction:
-    """The instruction whose result is sent."""
+LETTERS: dict[type[Compute], str] = {Forward: "F", Backward: "B", BackwardInput: "I", BackwardWeight: "W"}
+COMPUTES: dict[str, type[Compute]] = {letter: kind for kind, letter in LETTERS.items()}
+ONCE_LETTERS: dict[type[Reduce | Update | Gather], str] = {Reduce: "R", Update: "U", Gather: "G"}
+ONCE_KINDS: dict[str, type[Reduce | Update | Gather]] = {letter: kind for kind, letter in ONCE_LETTERS.items()}
+
+
+def makers(send: Send) -> tuple[Instruction, ...]:
+    """The instructions one of which makes what is sent: a cotangent comes from a whole backward or its first half."""
     match send.what:
         case "activation":
-            return Forward(send.stage, send.microbatch)
+            return (Forward(send.stage, send.microbatch),)
         case "cotangent":
-            return Backward(send.stage, send.microbatch)
-        case "gradient":
-            return Reduce(send.stage)
+            return Backward(send.stage, send.microbatch), BackwardInput(send.stage, send.microbatch)
+        case "gradient" | "square" | "norm":
+            return (Reduce(send.stage),)
         case "parameter":
-            return Update(send.stage)
+            return (Update(send.stage),)
 
 
 def word(instruction: Instruction) -> str:
     """One instruction as a word without spaces; ``parse_word`` is the inverse."""
     match instruction:
-        case Forward(stage, microbatch):
-            return f"{stage}F{microbatch}"
-        case Backward(stage, microbatch):
-            return f"{stage}B{microbatch}"
         case Send(stage, target, what, microbatch):
             return f"{stage}>{target}{what[0]}{_number(microbatch)}"
         case Receive(stage, source, what, microbatch):
             return f"{stage}<{source}{what[0]}{_number(microbatch)}"
-        case Reduce(stage):
-            return f"{stage}R"
-        case Update(stage):
-            return f"{stage}U"
+        case Reduce() | Update() | Gather():
+            return f"{instruction.stage}{ONCE_LETTERS[type(instruction)]}"
+        case _:
+            return f"{instruction.stage}{LETTERS[type(instruction)]}{instruction.microbatch}"
 
 
 def show(program: Program) -> str:
@@ -112,17 +147,19 @@ def parse_word(text: str) -> Instruction:
     Raises:
         ScheduleError: the text is no word of a program.
     """
-    if match := re.fullmatch(r"(\d+)([FB])(\d+)", text):
+    if match := re.fullmatch(r"(\d+)([FBIW])(\d+)", text):
         stage, kind, microbatch = match.groups()
-        return (Forward if kind == "F" else Backward)(int(stage), int(microbatch))
-    if match := re.fullmatch(r"(\d+)([<>])(\d+)([acgp])(\d*)", text):
+        return COMPUTES[kind](int(stage), int(microbatch))
+    if match := re.fullmatch(r"(\d+)([<>])(\d+)([acgpsn])(\d*)", text):
         stage, way, other, letter, microbatch = match.groups()
         make = Send if way == ">" else Receive
         return make(int(stage), int(other), PAYLOADS[letter], int(microbatch) if microbatch else ONCE)
-    if match := re.fullmatch(r"(\d+)([RU])", text):
+    if match := re.fullmatch(r"(\d+)([RUG])", text):
         stage, kind = match.groups()
-        return (Reduce if kind == "R" else Update)(int(stage))
-    raise ScheduleError(f"{text!r} is not an instruction; words look like 0F2, 0B2, 0>1a2, 1<0a2, 0R or 0U")
+        return ONCE_KINDS[kind](int(stage))
+    raise ScheduleError(
+        f"{text!r} is not an instruction; words look like 0F2, 0B2, 0I2, 0W2, 0>1a2, 1<0a2, 0R, 0U or 0G"
+    )
 
 
 def parse(text: str) -> Program:
@@ -137,7 +174,7 @@ def parse(text: str) -> Program:
 
 def compute_only(program: Program) -> Program:
     """The forwards and backwards alone: the schedule without transfers and tail."""
-    return tuple(tuple(step for step in row if isinstance(step, Forward | Backward)) for row in program)
+    return tuple(tuple(step for step in row if isinstance(step, Compute)) for row in program)
 
 
 def _number(microbatch: int) -> str:

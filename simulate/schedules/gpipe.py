@@ -4,21 +4,22 @@ Source: Huang et al., GPipe, NeurIPS 2019, section 2.3. With equal stages, times
 takes (M + S - 1)(F + B) + 2(S - 1)c.
 """
 
-from meshwright.simulate.program import Backward, Forward
-from meshwright.simulate.schedules.base import ComputeRows, Schedule, need_sizes
+import numpy as np
+
+from meshwright.simulate.schedules.base import Options, Order, Schedule, in_a_line, letters
 
 
-def gpipe(stages: int, microbatches: int, lifo: bool = False) -> ComputeRows:
-    """All forwards of each stage, then its backwards: first in, first out, or with ``lifo`` the last one first."""
-    need_sizes(stages, microbatches)
-    numbers = range(microbatches)
+def gpipe(meshes: int, microbatches: int, options: Options) -> Order:
+    """All forwards of each stage, then its backwards, first in, first out."""
+    text = "F" * microbatches + "B" * microbatches
+    return in_a_line([letters(text, stage) for stage in range(meshes)])
 
-    def row(stage: int) -> tuple[Forward | Backward, ...]:
-        forwards = (Forward(stage, m) for m in numbers)
-        backwards = (Backward(stage, m) for m in (reversed(numbers) if lifo else numbers))
-        return (*forwards, *backwards)
 
-    return tuple(row(stage) for stage in range(stages))
+def gpipe_lifo(meshes: int, microbatches: int, options: Options) -> Order:
+    """All forwards of each stage, then its backwards from the last micro-batch to the first."""
+    text = "F" * microbatches + "B" * microbatches
+    numbers = np.concatenate([np.arange(microbatches), np.arange(microbatches)[::-1]])
+    return in_a_line([letters(text, stage, numbers) for stage in range(meshes)])
 
 
 def live_microbatches(stage: int, stages: int, microbatches: int) -> int:
@@ -28,8 +29,5 @@ def live_microbatches(stage: int, stages: int, microbatches: int) -> int:
 
 GPIPE = Schedule("gpipe", "all forwards, then all backwards", gpipe, live_microbatches)
 GPIPE_LIFO = Schedule(
-    "gpipe-lifo",
-    "all forwards, then all backwards, the last micro-batch first",
-    lambda stages, microbatches: gpipe(stages, microbatches, lifo=True),
-    live_microbatches,
+    "gpipe-lifo", "all forwards, then all backwards, the last micro-batch first", gpipe_lifo, live_microbatches
 )

@@ -4,23 +4,17 @@ Source: Narayanan et al., SC 2021, section 2.2 (default schedule). With equal st
 (M + S - 1)(F + B); a hop latency c adds 2c(M(S - 1)/S + S - 2) where S divides M: it is paid every S micro-batches.
 """
 
-from meshwright.simulate.program import Backward, Forward
-from meshwright.simulate.schedules.base import ComputeRows, Schedule, need_sizes
+from meshwright.simulate.schedules.base import Options, Order, Schedule, in_a_line, letters
 
 
-def one_f_one_b(stages: int, microbatches: int) -> ComputeRows:
-    """Alternate forward and backward, keeping at most ``stages - s`` activations on stage s; any M, also M < S."""
-    need_sizes(stages, microbatches)
+def one_f_one_b(meshes: int, microbatches: int, options: Options) -> Order:
+    """Alternate forward and backward, keeping at most ``meshes - s`` activations on stage s; any M, also M < S."""
 
-    def row(stage: int) -> tuple[Forward | Backward, ...]:
-        warmup = live_microbatches(stage, stages, microbatches) - 1
-        forwards = [Forward(stage, m) for m in range(microbatches)]
-        backwards = [Backward(stage, m) for m in range(microbatches)]
-        pairs = zip(forwards[warmup:], backwards, strict=False)  # the shorter list ends the steady part
-        steady = [step for pair in pairs for step in pair]
-        return (*forwards[:warmup], *steady, *backwards[microbatches - warmup :])
+    def text(stage: int) -> str:
+        live = live_microbatches(stage, meshes, microbatches)
+        return "F" * (live - 1) + "FB" * (microbatches - live + 1) + "B" * (live - 1)
 
-    return tuple(row(stage) for stage in range(stages))
+    return in_a_line([letters(text(stage), stage) for stage in range(meshes)])
 
 
 def live_microbatches(stage: int, stages: int, microbatches: int) -> int:
