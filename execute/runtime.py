@@ -29,6 +29,7 @@ from meshwright.simulate.program import (
     Reduce,
     Send,
     Update,
+    word,
 )
 from meshwright.simulate.timeline import Event
 
@@ -68,7 +69,7 @@ def plan_routes(
     wanted: list[tuple[Key, int, NamedSpec]] = []
     pairs = []
     for t in plan.transfers:
-        key = (t.source, t.target, t.what)
+        key: Key = (t.source, t.target, t.what)
         for value in t.values:
             before, after = splits[t.source], splits[t.target]
             match t.what:
@@ -202,6 +203,8 @@ class _Step:
                 made = self._reduce(stage)
             case Update(stage):
                 made = self._update(stage)
+            case _:
+                raise ExecutionError(f"the executor cannot run {word(step)}; plan with schedule 1f1b or gpipe")
         self.r.transport.poll()
         if self.measure:
             jax.block_until_ready(made)

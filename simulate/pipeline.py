@@ -1,240 +1,243 @@
-"""A program and the costs of its stages → a timeline, by way of task arrays.
+"""A program and the costs of its stages → a timeline, by way of task arrays."""
 
-Computation runs in order on each mesh. A ``Send`` never holds its mesh up: its bytes leave over a channel of their own
-(one for each ordered pair of stages, in order), shared with other channels where they name the same link. A
-``Receive`` ends when they have arrived.
-"""
+from dataclasses import dataclass
+from functools import cached_property, partial
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from math import isfinite
-from typing import NamedTuple
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
 
 from meshwright.errors import ScheduleError
-from meshwright.simulate.engine import NOBODY, Run, Tasks, make_tasks, run_tasks
-from meshwright.simulate.program import (
-    Backward,
-    Forward,
-    Instruction,
-    Payload,
-    Program,
-    Receive,
-    Reduce,
-    Send,
-    Update,
-    word,
-)
-from meshwright.simulate.timeline import CriticalStep, Event, Timeline
-from meshwright.simulate.topology import CoreSharing
+from meshwright.simulate.code import KIND, RECEIVE, SEND, STAGE, Code, Table
+from meshwright.simulate.compiled import KIND_COUNT, Compiled, compile_program
+from meshwright.simulate.costs import PipelineCosts, StageCosts, TransferCost
+from meshwright.simulate.engine import NOBODY, Run, make_tasks, run_tasks
+from meshwright.simulate.live import live_memory, peak_parts
+from meshwright.simulate.program import Program, Send, word
+from meshwright.simulate.timeline import CriticalStep, Event, Lazy, Spans, Timeline
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+__all__ = ["PipelineCosts", "StageCosts", "TransferCost", "simulate"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageCosts:
-    """Seconds and bytes of one stage; bytes are those of each of its devices.
+def simulate(program: Program | Code | Compiled, costs: PipelineCosts) -> Timeline:
+    """When every instruction of the program runs, and what its devices hold.
 
-    ``saved_bytes`` are held for each live micro-batch, from the start of its forward to the end of its backward;
-    ``transient_bytes`` only while a forward or backward runs; ``static_bytes`` (weights, gradients, optimizer) always.
-    Seconds are those of devices that have their host's cores to themselves.
-    """
-
-    devices: tuple[int, ...]
-    forward_seconds: float
-    backward_seconds: float
-    reduce_seconds: float = 0.0
-    update_seconds: float = 0.0
-    static_bytes: float = 0.0
-    saved_bytes: float = 0.0
-    transient_bytes: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.devices:
-            raise ScheduleError("a stage has no devices; at least 1 is needed")
-        for item in fields(self)[1:]:
-            number = getattr(self, item.name)
-            if not (isfinite(number) and number >= 0):
-                raise ScheduleError(f"{item.name} of a stage is {number}; a finite number of at least 0 is needed")
-
-
-class TransferCost(NamedTuple):
-    """``wire_seconds`` occupy the channel, ``latency_seconds`` do not; transfers that name one link share it."""
-
-    wire_seconds: float
-    latency_seconds: float
-    link: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PipelineCosts:
-    """What a program costs: its stages, the transfers between them, and cores that devices share."""
-
-    stages: tuple[StageCosts, ...]
-    transfers: Mapping[tuple[int, int, Payload], TransferCost]
-    cores: tuple[CoreSharing, ...] = ()
-
-
-def simulate(program: Program, costs: PipelineCosts) -> Timeline:
-    """When every instruction of the program runs.
+    Whoever scores one program with many costs compiles it once. Events, memory steps and the critical path are made
+    when they are read; the numbers of the timeline need none of them.
 
     Raises:
         ScheduleError: the program has a stage or transfer without a cost, an unmatched ``Receive``, or it deadlocks.
     """
-    flat = [(r, step) for r, row in enumerate(program) for step in row]
-    tasks = _tasks(program, flat, costs)
-    run = run_tasks(tasks)
-    start, end = run.start_seconds.tolist(), run.end_seconds.tolist()
-    live_bytes = _live_bytes(program, costs, start, end)
-    _as_seen(flat, costs, start, end)
-    events = [Event(r, step, start[i], end[i]) for i, (r, step) in enumerate(flat)]
-    homes = [next((step.stage for step in row), None) for row in program]
+    if not isinstance(program, Compiled):
+        program = compile_program(program, collective_stream=costs.collective_stream)
+    numbers = Numbers(program, costs)
+    run = _run(numbers)
+    code = program.code
+    start, end, arrival = _as_seen(
+        code.table, code.row_start, run.start_seconds, run.end_seconds, program.slot, numbers.slot_latency_seconds
+    )
+    memory = live_memory(program, costs.stages, numbers.transfers, run.start_seconds, run.end_seconds, arrival)
+    mesh, first, last = _work(code.table, code.row_start, start, end, program.executor)
     return Timeline(
-        mesh_devices=tuple(() if home is None else costs.stages[home].devices for home in homes),
-        events=tuple(sorted(events, key=lambda event: (event.start_seconds, event.mesh))),
-        live_bytes=live_bytes,
-        critical_path=_critical_path(tasks, run, events),
+        mesh_devices=_mesh_devices(program, costs),
+        events=Lazy(partial(_events, code, start, end)),
+        live_bytes=Lazy(memory.steps),
+        critical_path=Lazy(partial(_critical_path, numbers, run, start, end)),
+        peak_parts=Lazy(partial(peak_parts, memory, program, costs.stages)),
+        spans=Spans(mesh, first, last, float(end.max(initial=0.0))),
+        known_peak_bytes=memory.peak_bytes,
     )
 
 
-def _seconds(step: Instruction, costs: PipelineCosts) -> float:
-    match step:
-        case Forward(stage, _):
-            return costs.stages[stage].forward_seconds
-        case Backward(stage, _):
-            return costs.stages[stage].backward_seconds
-        case Reduce(stage):
-            return costs.stages[stage].reduce_seconds
-        case Update(stage):
-            return costs.stages[stage].update_seconds
-        case Send():
-            return _transfer(step, costs).wire_seconds
-        case Receive():
-            return 0.0
+@dataclass(frozen=True)
+class Numbers:
+    """The costs of a compiled program as arrays: seconds of each task, latency of each edge."""
+
+    compiled: Compiled
+    costs: PipelineCosts
+
+    def __post_init__(self) -> None:
+        known = len(self.costs.stages)
+        if self.compiled.stages > known:
+            raise ScheduleError(f"the program has {self.compiled.stages} stages, but costs are given for {known}")
+
+    @cached_property
+    def transfers(self) -> tuple[TransferCost, ...]:
+        """The cost of each transfer of the program."""
+        found = []
+        for key in self.compiled.transfers:
+            cost = self.costs.transfers.get(key)
+            if cost is None:
+                raise ScheduleError(
+                    f"{_first_word(self.compiled.code, key)}: the {key.what} from stage {key.source} to stage "
+                    f"{key.target} has no cost; add it to the transfers"
+                )
+            found.append(TransferCost(*cost))
+        return tuple(found)
+
+    @cached_property
+    def slot_seconds(self) -> Floats:
+        """Seconds by ``Compiled.slot``; NaN where the costs are silent."""
+        seconds: list[float] = []
+        for stage in self.costs.stages[: self.compiled.stages]:
+            split = (stage.input_seconds, stage.weight_seconds)
+            seconds += [stage.forward_seconds, stage.backward_seconds]
+            seconds += [np.nan if half is None else half for half in split]
+            seconds += [0.0, 0.0, stage.reduce_seconds, stage.update_seconds, stage.gather_seconds]
+        return np.array(seconds + [cost.wire_seconds for cost in self.transfers])
+
+    @cached_property
+    def slot_latency_seconds(self) -> Floats:
+        """Seconds that pass between the end of a task and its effect, by ``Compiled.slot``: a transfer's latency."""
+        latency = np.zeros(self.compiled.stages * KIND_COUNT + len(self.transfers))
+        latency[self.compiled.stages * KIND_COUNT :] = [cost.latency_seconds for cost in self.transfers]
+        return latency
+
+    @cached_property
+    def duration_seconds(self) -> Floats:
+        """Seconds of each task with all resources to itself."""
+        duration: Floats = self.slot_seconds[self.compiled.slot]
+        if np.isnan(duration).any():
+            step = self.compiled.code.instruction(int(np.isnan(duration).argmax()))
+            raise ScheduleError(
+                f"{word(step)} is half a backward, but stage {step.stage} has no input_seconds and weight_seconds"
+            )
+        return duration
+
+    @cached_property
+    def latency_seconds(self) -> Floats:
+        """Latency of each edge."""
+        by_transfer = np.array([*(cost.latency_seconds for cost in self.transfers), 0.0])
+        latency: Floats = by_transfer[self.compiled.edge_transfer]
+        return latency
 
 
-def _transfer(send: Send, costs: PipelineCosts) -> TransferCost:
-    try:
-        return TransferCost(*costs.transfers[send.stage, send.target, send.what])
-    except KeyError:
-        raise ScheduleError(
-            f"{word(send)}: the {send.what} from stage {send.stage} to stage {send.target} has no cost"
-        ) from None
+def _first_word(code: Code, key: tuple[int, int, str]) -> str:
+    sends = (code.instruction(index) for index in np.flatnonzero(code.table[:, KIND] == SEND).tolist())
+    return next(word(s) for s in sends if isinstance(s, Send) and (s.stage, s.target, s.what) == key)
 
 
-def _tasks(program: Program, flat: list[tuple[int, Instruction]], costs: PipelineCosts) -> Tasks:
-    stages = 1 + max((step.stage for _, step in flat), default=-1)
-    if stages > len(costs.stages):
-        raise ScheduleError(f"the program has {stages} stages, but costs are given for {len(costs.stages)}")
-    number = {step: i for i, (_, step) in enumerate(flat)}
-    channels: dict[tuple[int, int], int] = {}
-    resources, rates = _resources(program, costs)
-    executor, depends, resource, demand = [], [], [], []
-    made = NOBODY  # the task of this mesh after which a send may leave
-    mesh = NOBODY
-    for i, (r, step) in enumerate(flat):
-        if r != mesh:
-            mesh, made = r, NOBODY
-        used, users = NOBODY, 1
-        match step:
-            case Send(stage, target):
-                executor.append(len(program) + channels.setdefault((stage, target), len(channels)))
-                depends.append([(made, 0.0)] if made != NOBODY else [])
-                used = resources.get(("link", _transfer(step, costs).link), NOBODY)
-            case Receive(stage, source, what, m):
-                send = Send(source, stage, what, m)
-                if send not in number:
-                    raise ScheduleError(f"{word(step)} has no partner {word(send)}; verify the program first")
-                executor.append(r)
-                depends.append([(number[send], float(_transfer(send, costs).latency_seconds))])
-                made = i
-            case _:
-                executor.append(r)
-                depends.append([])
-                made = i
-                used = resources.get(("mesh", r), NOBODY)
-                if used != NOBODY:
-                    users = len(set(costs.stages[step.stage].devices) & set(costs.cores[used].devices))
-        resource.append(used)
-        demand.append(users)
-    return make_tasks(
-        [_seconds(step, costs) for _, step in flat],
-        executor,
-        depends,
+def _run(numbers: Numbers) -> Run:
+    """Times of all tasks; without anything shared by one pass in the order that was found when compiling."""
+    compiled, costs = numbers.compiled, numbers.costs
+    resource, demand, rates = _resources(compiled, costs)
+    tasks = make_tasks(
+        numbers.duration_seconds,
+        compiled.executor,
+        edges=(compiled.edge_start, compiled.edge_from, numbers.latency_seconds),
         resource=resource,
         demand=demand,
         resource_rates=rates,
     )
+    return run_tasks(tasks)
 
 
-def _resources(
-    program: Program, costs: PipelineCosts
-) -> tuple[dict[tuple[str, int | None], int], list[tuple[float, ...]]]:
-    """Numbers of the resources that matter (cores first), by mesh and by link, and their rates.
+def _resources(compiled: Compiled, costs: PipelineCosts) -> tuple[Ints | None, Ints | None, list[tuple[float, ...]]]:
+    """The shared resource of each task (cores first, then links), its demand there, and the rates of all.
 
     Cores matter if using all of them slows anything; a link, if two channels name it. A mesh whose devices stand on
     several hosts takes its turns where most of them are.
     """
     rates = [cores.rates for cores in costs.cores]
-    numbers: dict[tuple[str, int | None], int] = {}
-    for r, row in enumerate(program):
-        if not row or not costs.cores:
-            continue
-        devices = set(costs.stages[row[0].stage].devices)
-        together = [len(devices & set(cores.devices)) for cores in costs.cores]
+    resource = np.full(compiled.code.count, NOBODY)
+    demand = np.ones(compiled.code.count, np.int64)
+    kind, mesh = compiled.code.table[:, KIND], compiled.code.mesh
+    works = (kind != SEND) & (kind != RECEIVE)
+    for r, devices in enumerate(_mesh_devices(compiled, costs) if costs.cores else ()):
+        together = [len(set(devices) & set(cores.devices)) for cores in costs.cores]
         most = max(range(len(together)), key=lambda k: (together[k], -k))
         if together[most] and min(rates[most]) < 1:
-            numbers["mesh", r] = most
+            mine = works & (mesh == r)
+            resource[mine], demand[mine] = most, together[most]
     channels: dict[int, set[tuple[int, int]]] = {}
     for (source, target, _), cost in costs.transfers.items():
-        if TransferCost(*cost).link is not None:
-            channels.setdefault(cost[2], set()).add((source, target))  # type: ignore[arg-type]
+        if (link := TransferCost(*cost).link) is not None:
+            channels.setdefault(link, set()).add((source, target))
     for link in sorted(link for link, pairs in channels.items() if len(pairs) > 1):
-        numbers["link", link] = len(rates)
+        for t, key in enumerate(compiled.transfers):
+            if TransferCost(*costs.transfers[key]).link == link:
+                resource[compiled.slot == compiled.stages * KIND_COUNT + t] = len(rates)
         rates.append((1.0,))
-    return numbers, rates
+    return (resource, demand, rates) if rates else (None, None, [])
 
 
-def _as_seen(flat: list[tuple[int, Instruction]], costs: PipelineCosts, start: list[float], end: list[float]) -> None:
+def _mesh_devices(compiled: Compiled, costs: PipelineCosts) -> tuple[tuple[int, ...], ...]:
+    """The devices of each mesh: those of its first stage; a mesh without instructions has none."""
+    first = compiled.code.row_start[:-1]
+    empty = first == compiled.code.row_start[1:]
+    stages = [-1 if none else int(compiled.code.table[i, STAGE]) for i, none in zip(first, empty, strict=True)]
+    return tuple(costs.stages[stage].devices if stage >= 0 else () for stage in stages)
+
+
+@njit(cache=True)
+def _as_seen(
+    table: Table, row_start: Ints, start: Floats, end: Floats, slot: Ints, latency: Floats
+) -> tuple[Floats, Floats, Floats]:
     """From tasks to events: a ``Receive`` begins when its mesh got there, a ``Send`` ends when its bytes are there."""
-    reached, mesh = 0.0, NOBODY
-    for i, (r, step) in enumerate(flat):
-        if r != mesh:
-            reached, mesh = 0.0, r
-        if isinstance(step, Send):
-            end[i] += _transfer(step, costs).latency_seconds
-            continue
-        if isinstance(step, Receive):
-            start[i] = reached
-        reached = end[i]
+    seen_start, seen_end = start.copy(), end.copy()
+    for mesh in range(len(row_start) - 1):
+        reached = 0.0
+        for i in range(row_start[mesh], row_start[mesh + 1]):
+            kind = table[i, KIND]
+            if kind == SEND:
+                seen_end[i] = end[i] + latency[slot[i]]
+                continue
+            if kind == RECEIVE:
+                seen_start[i] = min(reached, end[i])
+            reached = max(reached, end[i])
+    return seen_start, seen_end, seen_end
 
 
-def _live_bytes(
-    program: Program, costs: PipelineCosts, start: list[float], end: list[float]
-) -> tuple[tuple[tuple[float, float], ...], ...]:
-    """Bytes on each device of each mesh over time: static + saved for each live micro-batch + what runs right now."""
-    live, i = [], 0
-    for row in program:
-        held = sum(costs.stages[stage].static_bytes for stage in sorted({step.stage for step in row}))
-        steps = [(0.0, held)]
-        for step in row:
-            if isinstance(step, Forward | Backward):
-                stage = costs.stages[step.stage]
-                if isinstance(step, Forward):
-                    held += stage.saved_bytes
-                steps.append((start[i], held + stage.transient_bytes))
-                if isinstance(step, Backward):
-                    held -= stage.saved_bytes
-                steps.append((end[i], held))
-            i += 1
-        live.append(tuple(steps))
-    return tuple(live)
+@njit(cache=True)
+def _work(table: Table, row_start: Ints, start: Floats, end: Floats, executor: Ints) -> tuple[Ints, Floats, Floats]:
+    """What is not a transfer, by mesh and start: on each mesh two lists in order, of its rows and of its stream."""
+    meshes = len(row_start) - 1
+    size = 0
+    for i in range(len(table)):
+        if table[i, KIND] != SEND and table[i, KIND] != RECEIVE:
+            size += 1
+    mesh_of, first, last = np.empty(size, np.int64), np.empty(size), np.empty(size)
+    out = 0
+    for mesh in range(meshes):
+        stop = row_start[mesh + 1]
+        row, stream = row_start[mesh], row_start[mesh]
+        while True:
+            while row < stop and (executor[row] != mesh or table[row, KIND] == RECEIVE):
+                row += 1
+            while stream < stop and executor[stream] != meshes + mesh:
+                stream += 1
+            if row == stop and stream == stop:
+                break
+            if stream == stop or (row < stop and start[row] <= start[stream]):
+                i = row
+                row += 1
+            else:
+                i = stream
+                stream += 1
+            mesh_of[out], first[out], last[out] = mesh, start[i], end[i]
+            out += 1
+    return mesh_of, first, last
 
 
-def _critical_path(tasks: Tasks, run: Run, events: list[Event]) -> tuple[CriticalStep, ...]:
+def _events(code: Code, start: Floats, end: Floats) -> tuple[Event, ...]:
+    mesh, starts, ends = code.mesh.tolist(), start.tolist(), end.tolist()
+    order = sorted(range(code.count), key=lambda i: (starts[i], mesh[i]))
+    return tuple(Event(mesh[i], code.instruction(i), starts[i], ends[i]) for i in order)
+
+
+def _critical_path(numbers: Numbers, run: Run, start: Floats, end: Floats) -> tuple[CriticalStep, ...]:
+    code = numbers.compiled.code
+    mesh = code.mesh
     steps = []
     for task in run.critical_path():
         edge = run.waited_edge[task]
-        latency = float(tasks.edge_latency_seconds[edge]) if edge >= 0 else 0.0
-        alone = float(tasks.duration_seconds[task])
+        latency = float(numbers.latency_seconds[edge]) if edge >= 0 else 0.0
+        alone = float(numbers.duration_seconds[task])
         contention = float(run.end_seconds[task] - run.start_seconds[task]) - alone
-        slowed = tasks.resource[task] >= 0 and contention > 1e-9 * alone  # less is rounding
-        steps.append(CriticalStep(events[task], alone, latency, contention if slowed else 0.0))
+        slowed = contention > 1e-9 * alone  # less is rounding
+        event = Event(int(mesh[task]), code.instruction(task), float(start[task]), float(end[task]))
+        steps.append(CriticalStep(event, alone, latency, contention if slowed else 0.0))
     return tuple(steps)

@@ -1,12 +1,46 @@
 """When every instruction ran: predicted by the simulator or measured in a run, in one form."""
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Generic, TypeVar, overload
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
 
 from meshwright.errors import ScheduleError
-from meshwright.simulate.program import Backward, Forward, Instruction, Receive, Reduce, Send, Update
+from meshwright.simulate.program import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Gather,
+    Instruction,
+    Receive,
+    Reduce,
+    Send,
+    Update,
+)
 
-COMPUTE = (Forward, Backward, Reduce, Update)
+Item = TypeVar("Item")
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+WORK = (Forward, Backward, BackwardInput, BackwardWeight, Reduce, Update, Gather)
+CAUSES: dict[type[Instruction], str] = {
+    Forward: "forward",
+    Backward: "backward",
+    BackwardInput: "input gradient",
+    BackwardWeight: "weight gradient",
+    Send: "transfer",
+    Receive: "transfer",
+    Reduce: "reduce",
+    Update: "update",
+    Gather: "gather",
+}
+COMMUNICATION = ("transfer", "reduce", "gather")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,43 +71,84 @@ class CriticalStep:
     contention_seconds: float = 0.0
 
 
+class Lazy(Sequence[Item], Generic[Item]):
+    """A sequence made when it is first read: a step of a large pipeline has more events than most readers want."""
+
+    def __init__(self, make: Callable[[], tuple[Item, ...]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _items(self) -> tuple[Item, ...]:
+        return self._make()
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Item, ...]: ...
+    def __getitem__(self, index: int | slice) -> Item | tuple[Item, ...]:
+        return self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return self._items == (other._items if isinstance(other, Lazy) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spans:
+    """The work of a timeline as arrays, by mesh and start: what its numbers are computed from."""
+
+    mesh: Ints
+    start_seconds: Floats
+    end_seconds: Floats
+    makespan_seconds: float
+
+
+MemoryStep = tuple[float, float]
+Parts = tuple[tuple[str, float], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Timeline:
     """All events of one training step, by start; ``mesh_devices`` names the devices of each mesh.
 
-    ``live_bytes`` holds, for each mesh, (seconds, bytes on each of its devices from then on) steps; ``critical_path``
-    is the simulator's and empty in a measured timeline.
+    ``live_bytes`` holds, for each mesh, (seconds, bytes on each of its devices from then on) steps, and ``peak_parts``
+    what the highest of them is made of, as (name, bytes). ``critical_path`` is the simulator's and empty in a measured
+    timeline. ``spans`` is for those who have the numbers as arrays already.
     """
 
     mesh_devices: tuple[tuple[int, ...], ...]
-    events: tuple[Event, ...]
-    live_bytes: tuple[tuple[tuple[float, float], ...], ...] = ()
-    critical_path: tuple[CriticalStep, ...] = field(default=(), repr=False)
+    events: Sequence[Event]
+    live_bytes: Sequence[tuple[MemoryStep, ...]] = ()
+    critical_path: Sequence[CriticalStep] = field(default=(), repr=False)
+    peak_parts: Sequence[Parts] = field(default=(), repr=False)
+    spans: Spans | None = field(default=None, repr=False, compare=False)
+    known_peak_bytes: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
 
     @property
     def makespan_seconds(self) -> float:
         """From zero to the end of the last event."""
-        return max((event.end_seconds for event in self.events), default=0.0)
+        return self._spans().makespan_seconds
 
     @property
     def span_seconds(self) -> float:
         """The longest that any mesh is engaged, from its first computation to the end of its last."""
-        first: dict[int, float] = {}
-        last: dict[int, float] = {}
-        for event in self.events:
-            if isinstance(event.instruction, COMPUTE):
-                first[event.mesh] = min(first.get(event.mesh, event.start_seconds), event.start_seconds)
-                last[event.mesh] = max(last.get(event.mesh, 0.0), event.end_seconds)
-        return max((last[mesh] - first[mesh] for mesh in first), default=0.0)
+        return float(_engaged(*self._work(), len(self.mesh_devices)).max(initial=0.0))
 
     @property
     def busy_seconds(self) -> tuple[float, ...]:
-        """Seconds that each mesh computes, reduces or updates."""
-        busy = [0.0] * len(self.mesh_devices)
-        for event in self.events:
-            if isinstance(event.instruction, COMPUTE):
-                busy[event.mesh] += event.end_seconds - event.start_seconds
-        return tuple(busy)
+        """Seconds in which each mesh computes, reduces, updates or gathers; what runs side by side counts once."""
+        return tuple(_busy(*self._work(), len(self.mesh_devices)).tolist())
 
     @property
     def bubble_fraction(self) -> float:
@@ -86,6 +161,8 @@ class Timeline:
     @property
     def peak_bytes(self) -> tuple[float, ...]:
         """The most that each device of each mesh holds at once."""
+        if self.known_peak_bytes is not None:
+            return self.known_peak_bytes
         return tuple(max((held for _, held in steps), default=0.0) for steps in self.live_bytes)
 
     @property
@@ -93,14 +170,52 @@ class Timeline:
         """The makespan by cause along the critical path: forward, backward, transfer, reduce, update, contention."""
         causes: defaultdict[str, float] = defaultdict(float)
         for step in self.critical_path:
-            instruction = step.event.instruction
-            moves = isinstance(instruction, Send | Receive)
-            causes["transfer" if moves else type(instruction).__name__.lower()] += step.own_seconds
+            causes[CAUSES[type(step.event.instruction)]] += step.own_seconds
             causes["transfer"] += step.latency_seconds
             causes["contention"] += step.contention_seconds
         return {cause: seconds for cause, seconds in causes.items() if seconds}
 
     @property
     def exposed_communication_seconds(self) -> float:
-        """Seconds of the critical path spent on transfers and on reductions of gradients."""
-        return self.critical_seconds.get("transfer", 0.0) + self.critical_seconds.get("reduce", 0.0)
+        """Seconds of the critical path spent on transfers, on reductions of gradients and on gathers."""
+        causes = self.critical_seconds
+        return sum(causes.get(cause, 0.0) for cause in COMMUNICATION)
+
+    def _spans(self) -> Spans:
+        return self.spans if self.spans is not None else spans_of(self.events)
+
+    def _work(self) -> tuple[Ints, Floats, Floats]:
+        spans = self._spans()
+        return spans.mesh, spans.start_seconds, spans.end_seconds
+
+
+def spans_of(events: Sequence[Event]) -> Spans:
+    """The work among events as arrays."""
+    work = sorted((e.mesh, e.start_seconds, e.end_seconds) for e in events if isinstance(e.instruction, WORK))
+    return Spans(
+        np.array([mesh for mesh, _, _ in work], np.int64),
+        np.array([start for _, start, _ in work], np.float64),
+        np.array([end for _, _, end in work], np.float64),
+        max((event.end_seconds for event in events), default=0.0),
+    )
+
+
+@njit(cache=True)
+def _engaged(mesh: Ints, start: Floats, end: Floats, meshes: int) -> Floats:
+    first, last = np.full(meshes, np.inf), np.zeros(meshes)
+    for i in range(len(mesh)):
+        first[mesh[i]] = min(first[mesh[i]], start[i])
+        last[mesh[i]] = max(last[mesh[i]], end[i])
+    engaged: Floats = np.maximum(last - first, 0.0)
+    return engaged
+
+
+@njit(cache=True)
+def _busy(mesh: Ints, start: Floats, end: Floats, meshes: int) -> Floats:
+    busy, until = np.zeros(meshes), np.zeros(meshes)
+    for i in range(len(mesh)):
+        begin = max(start[i], until[mesh[i]])
+        if end[i] > begin:
+            busy[mesh[i]] += end[i] - begin
+            until[mesh[i]] = end[i]
+    return busy

@@ -11,7 +11,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshwright.simulate.program import Backward, Forward, Instruction, Receive, Reduce, Send, Update, maker, word
+from meshwright.simulate.program import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Gather,
+    Instruction,
+    Receive,
+    Reduce,
+    Send,
+    Update,
+    makers,
+    word,
+)
 from meshwright.simulate.timeline import Event, Timeline
 
 Record = dict[str, Any]
@@ -62,7 +75,8 @@ def _process(process: int, name: str, timeline: Timeline) -> Iterator[Record]:
                 "args": {"instruction": word(step)},
             }
         if isinstance(step, Receive):
-            made = ran.get(maker(Send(step.source, step.stage, step.what, step.microbatch)))
+            sent = Send(step.source, step.stage, step.what, step.microbatch)
+            made = next((ran[one] for one in makers(sent) if one in ran), None)
             if made is not None:
                 yield from _arrow(f"{process}.{number}", process, made, event, step.what)
     for mesh, steps in enumerate(timeline.live_bytes):
@@ -96,12 +110,18 @@ def _title(step: Instruction) -> str:
             return f"forward {m}"
         case Backward(_, m):
             return f"backward {m}"
+        case BackwardInput(_, m):
+            return f"input gradient {m}"
+        case BackwardWeight(_, m):
+            return f"weight gradient {m}"
         case Receive(_, source, what, _):
             return f"wait for {what} of stage {source}"
         case Reduce():
             return "reduce gradients"
         case Update():
             return "update"
+        case Gather():
+            return "gather parameters"
         case Send(_, target, what, _):
             return f"send {what} to stage {target}"
 

@@ -2,42 +2,62 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from meshwright.errors import ScheduleError
 from meshwright.simulate.program import (
     Backward,
+    BackwardInput,
+    BackwardWeight,
+    Compute,
     Forward,
+    Gather,
     Instruction,
+    Payload,
     Program,
     Receive,
     Reduce,
     Send,
     Update,
-    maker,
+    makers,
     word,
 )
 
 
-def verify(program: Program, edges: Sequence[tuple[int, int]] | None = None) -> None:
+def verify(
+    program: Program,
+    edges: Sequence[tuple[int, int]] | None = None,
+    *,
+    copies: Sequence[int] | None = None,
+    mesh_devices: Sequence[Sequence[int]] | None = None,
+) -> None:
     """Return if the program is right, and say what is wrong if it is not.
 
-    Proved: every stage lives on one mesh and runs the forward and the backward of each micro-batch 0..M-1 once, the
-    forward first; each ``Send`` follows the computation that makes its payload and has one ``Receive``, which
-    precedes the computation that needs it; every micro-batch crosses the same edges, cotangents only where
-    activations went; ``Reduce`` follows all backwards and ``Update`` follows ``Reduce``; and all rows, run together,
-    reach their ends.
+    Proved: every stage lives on one mesh and runs the forward and the backward of each of its micro-batches once, the
+    forward first, the backward whole or as its two halves in order; each ``Send`` follows the computation that makes
+    its payload and has one ``Receive``, which precedes the computation that needs it; every micro-batch crosses the
+    same edges, cotangents only where activations went; on one mesh the stages of an edge run in its order; ``Reduce``
+    follows all backwards, ``Update`` follows ``Reduce`` and ``Gather`` follows ``Update``; no device has two rows, so
+    that the collectives of each device have one order; and all rows, run together, reach their ends.
 
     Args:
-        edges: if given, the (source, target) pairs between meshes that activations must cross, no more and no fewer.
+        edges: if given, the (source, target) pairs of stages that activations must cross, no more and no fewer.
+        copies: if given, the stage of the model that each stage is a replica of; the replicas of a stage share the
+            micro-batches among them. Otherwise every stage runs all.
+        mesh_devices: if given, the devices of each row.
 
     Raises:
         ScheduleError: the first violation found, in the words of the program's text form.
     """
     place = _places(program)
-    microbatches = _complete(place)
+    microbatches = _complete(place, copies)
     _matched(program, place, microbatches, edges)
-    _tail(program, place, microbatches)
-    _no_deadlock(program)
+    if edges is not None:
+        _in_order_at_home(place, edges)
+    _tail(program, place)
+    if mesh_devices is not None:
+        _one_row_a_device(program, mesh_devices)
+    refuse_deadlock(program)
 
 
 Place = dict[Instruction, tuple[int, int]]  # instruction → (mesh, position)
@@ -56,48 +76,84 @@ def _places(program: Program) -> Place:
     return place
 
 
-def _complete(place: Place) -> int:
-    """Each stage has all forwards and backwards, in this order; returns the number of micro-batches."""
-    computed = [step for step in place if isinstance(step, Forward | Backward)]
-    microbatches = 1 + max((step.microbatch for step in computed), default=-1)
-    for stage in sorted({step.stage for step in place}):
-        for m in range(microbatches):
-            forward, backward = Forward(stage, m), Backward(stage, m)
-            for step in (forward, backward):
+def _complete(place: Place, copies: Sequence[int] | None) -> dict[int, set[int]]:
+    """Each stage has all forwards and backwards, in this order; returns the micro-batches of each stage."""
+    computed = [step for step in place if isinstance(step, Compute)]
+    microbatches = set(range(1 + max((step.microbatch for step in computed), default=-1)))
+    own: dict[int, set[int]] = {stage: set() for stage in sorted({step.stage for step in place})}
+    for done in computed:
+        own[done.stage].add(done.microbatch)
+    if copies is None:
+        own = dict.fromkeys(own, microbatches)
+    else:
+        _shared_out(own, microbatches, copies)
+    for stage, numbers in own.items():
+        for m in sorted(numbers):
+            forward, whole = Forward(stage, m), Backward(stage, m)
+            halves: tuple[Instruction, ...] = (BackwardInput(stage, m), BackwardWeight(stage, m))
+            split = any(half in place for half in halves)
+            if split and whole in place:
+                raise ScheduleError(f"{word(whole)} stands beside its half {word(halves[0])}; choose one")
+            steps = (forward, *halves) if split else (forward, whole)
+            for step in steps:
                 if step not in place:
                     raise ScheduleError(
-                        f"{word(step)} is missing: stage {stage} must run micro-batches 0..{microbatches - 1}"
+                        f"{word(step)} is missing: stage {stage} must run micro-batches {_range(numbers)}"
                     )
-            if place[forward] > place[backward]:
-                raise ScheduleError(f"{word(backward)} stands before {word(forward)}")
-    return microbatches
+            for early, late in pairwise(steps):
+                if place[early] > place[late]:
+                    raise ScheduleError(f"{word(late)} stands before {word(early)}")
+    return own
 
 
-def _matched(program: Program, place: Place, microbatches: int, edges: Sequence[tuple[int, int]] | None) -> None:
+def _shared_out(own: dict[int, set[int]], microbatches: set[int], copies: Sequence[int]) -> None:
+    """The replicas of each stage run every micro-batch between them, and none twice."""
+    replicas: dict[int, list[int]] = {}
+    for stage in own:
+        replicas.setdefault(copies[stage], []).append(stage)
+    for model_stage, stages in sorted(replicas.items()):
+        times = Counter(m for stage in stages for m in own[stage])
+        for m in sorted(microbatches):
+            if times[m] != 1:
+                raise ScheduleError(
+                    f"the replicas {stages} of stage {model_stage} run micro-batch {m} {times[m]} times; once is right"
+                )
+
+
+def _range(numbers: set[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}..{high}" if len(numbers) == high - low + 1 else ", ".join(map(str, sorted(numbers)))
+
+
+def _matched(
+    program: Program, place: Place, microbatches: dict[int, set[int]], edges: Sequence[tuple[int, int]] | None
+) -> None:
     crossings: Counter[tuple[int, int]] = Counter()
     for step, (_, position) in place.items():
         match step:
             case Send(stage, target, what, m):
                 other: Instruction = Receive(target, stage, what, m)
-                made = maker(step)
-                if made not in place or place[made][1] > position:
-                    raise ScheduleError(f"{word(step)} sends what {word(made)} has not made yet")
+                made = makers(step)
+                if not any(one in place and place[one][1] < position for one in made):
+                    raise ScheduleError(f"{word(step)} sends what {word(made[0])} has not made yet")
                 if what == "activation":
                     crossings[stage, target] += 1
                 if what == "cotangent" and Send(target, stage, "activation", m) not in place:
                     raise ScheduleError(f"{word(step)} answers no activation: {target}>{stage}a{m} is missing")
             case Receive(stage, source, what, m):
                 other = Send(source, stage, what, m)
-                used = _user(stage, what, m)
-                if used is not None and (used not in place or place[used][1] < position):
-                    raise ScheduleError(f"{word(step)} comes too late for {word(used)}")
+                used = _users(stage, what, m)
+                if used and not any(one in place and place[one][1] > position for one in used):
+                    raise ScheduleError(f"{word(step)} comes too late for {word(used[0])}")
             case _:
                 continue
         if other not in place:
             raise ScheduleError(f"{word(step)} has no partner {word(other)}")
     for (source, target), count in sorted(crossings.items()):
-        if count != microbatches:
-            raise ScheduleError(f"edge {source} → {target} carries {count} of {microbatches} micro-batches")
+        if count != len(microbatches[source]):
+            raise ScheduleError(
+                f"edge {source} → {target} carries {count} of {len(microbatches[source])} micro-batches"
+            )
     if edges is not None:
         home = {step.stage: r for r, row in enumerate(program) for step in row}
         wanted = {(source, target) for source, target in edges if home[source] != home[target]}
@@ -107,35 +163,79 @@ def _matched(program: Program, place: Place, microbatches: int, edges: Sequence[
             raise ScheduleError(f"the activation from stage {source} to stage {target} {state}")
 
 
-def _user(stage: int, what: str, microbatch: int) -> Instruction | None:
-    """The instruction that needs a payload; a returned parameter is needed only by the next iteration."""
+def _users(stage: int, what: Payload, microbatch: int) -> tuple[Instruction, ...]:
+    """The instructions one of which needs a payload; a returned parameter is needed only by the next iteration."""
     match what:
         case "activation":
-            return Forward(stage, microbatch)
+            return (Forward(stage, microbatch),)
         case "cotangent":
-            return Backward(stage, microbatch)
-        case "gradient":
-            return Update(stage)
-        case _:
-            return None
+            return Backward(stage, microbatch), BackwardInput(stage, microbatch)
+        case "gradient" | "square" | "norm":
+            return (Update(stage),)
+        case "parameter":
+            return ()
 
 
-def _tail(program: Program, place: Place, microbatches: int) -> None:
+def _in_order_at_home(place: Place, edges: Sequence[tuple[int, int]]) -> None:
+    """Where an edge stays on one mesh nothing is sent: there the row itself must keep the order."""
+    home = {step.stage: mesh for step, (mesh, _) in place.items()}
+    at_home = [(source, target) for source, target in edges if home[source] == home[target]]
+    sources: dict[int, list[int]] = {target: [s for s, t in at_home if t == target] for _, target in at_home}
+    targets: dict[int, list[int]] = {source: [t for s, t in at_home if s == source] for source, _ in at_home}
     for step, (_, position) in place.items():
         match step:
-            case Reduce(stage):
-                before: list[Instruction] = [Backward(stage, m) for m in range(microbatches)]
-            case Update(stage):
-                before = [Reduce(stage)]
+            case Forward(stage, m):
+                needed: list[tuple[Instruction, ...]] = [(Forward(s, m),) for s in sources.get(stage, ())]
+            case Backward(stage, m) | BackwardInput(stage, m):
+                needed = [(Backward(t, m), BackwardInput(t, m)) for t in targets.get(stage, ())]
             case _:
                 continue
-        for needed in before:
-            if needed not in place or place[needed][1] > position:
-                raise ScheduleError(f"{word(step)} must follow {word(needed)}")
+        for one_of in needed:
+            if not any(one in place and place[one][1] < position for one in one_of):
+                raise ScheduleError(f"{word(step)} stands before {word(one_of[0])}, whose result it needs")
 
 
-def _no_deadlock(program: Program) -> None:
-    """Run all rows together: a mesh that cannot go on sleeps until its message is sent."""
+def _one_row_a_device(program: Program, mesh_devices: Sequence[Sequence[int]]) -> None:
+    if len(mesh_devices) != len(program):
+        raise ScheduleError(f"the program has {len(program)} rows, but devices are given for {len(mesh_devices)}")
+    owner: dict[int, int] = {}
+    for mesh, devices in enumerate(mesh_devices):
+        for device in devices:
+            if owner.setdefault(device, mesh) != mesh:
+                raise ScheduleError(
+                    f"device {device} is in mesh {owner[device]} and in mesh {mesh}: its collectives have no one order"
+                )
+
+
+def _tail(program: Program, place: Place) -> None:
+    last_backward = {
+        step.stage: position
+        for step, (_, position) in place.items()
+        if isinstance(step, Backward | BackwardInput | BackwardWeight)
+    }
+    for step, (mesh, position) in place.items():
+        match step:
+            case Reduce(stage):
+                if last_backward.get(stage, -1) > position:
+                    late = program[mesh][last_backward[stage]]
+                    raise ScheduleError(f"{word(step)} must follow {word(late)}")
+                continue
+            case Update(stage):
+                before: Instruction = Reduce(stage)
+            case Gather(stage):
+                before = Update(stage)
+            case _:
+                continue
+        if before not in place or place[before][1] > position:
+            raise ScheduleError(f"{word(step)} must follow {word(before)}")
+
+
+def refuse_deadlock(program: Program) -> None:
+    """Run all rows together: a mesh that cannot go on sleeps until its message is sent.
+
+    Raises:
+        ScheduleError: some mesh sleeps for ever; the message says who waits where.
+    """
     position = [0] * len(program)
     sent: set[Instruction] = set()
     sleeping: dict[Instruction, int] = {}
