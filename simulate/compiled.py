@@ -21,6 +21,7 @@ from meshwright.simulate.code import (
     REDUCE,
     SEND,
     STAGE,
+    UPDATE,
     WHAT,
     WHATS,
     Code,
@@ -28,11 +29,13 @@ from meshwright.simulate.code import (
     decode,
     encode,
 )
-from meshwright.simulate.engine import NOBODY, make_tasks, run_tasks
+from meshwright.simulate.engine import NOBODY
 from meshwright.simulate.program import Payload, Program, word
 from meshwright.simulate.verify import refuse_deadlock
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.int32]
+PAYLOAD_COUNT = len(WHATS)
+OF_GRADIENTS = tuple(WHATS.index(what) for what in ("gradient", "square", "norm"))
 KIND_COUNT = 9  # the seconds of a computation depend on its stage and kind: slot = stage * KIND_COUNT + kind
 
 
@@ -49,9 +52,11 @@ class Compiled:
     """The tasks of a program: one for each instruction, in the order of its table.
 
     ``executor`` is a mesh, a channel (one for each ordered pair of stages that sends) or, where reductions and gathers
-    run beside the computation, a mesh's collective stream. ``slot`` says whose seconds a task takes: those of a stage
-    and kind, or, from ``stages * KIND_COUNT`` on, those of a transfer. ``edge_transfer`` names the transfer whose
-    latency an edge has (-1: none). ``order`` is one in which every task follows what it waits for.
+    run beside the computation, a mesh's collective stream; ``before`` is the task before on it. ``slot`` says whose
+    seconds a task takes: those of a stage and kind, or, from ``stages * KIND_COUNT`` on, those of a transfer. ``need``
+    is the one other task that it waits for, and ``need_slot`` the transfer, as a slot, whose latency lies between.
+    ``receive_of`` is the ``Receive`` of each ``Send``. In all of them -1 is none. ``order`` is one in which every task
+    follows what it waits for.
     """
 
     code: Code
@@ -60,17 +65,23 @@ class Compiled:
     executor: Ints
     before: Ints
     slot: Ints
-    edge_start: Ints
-    edge_from: Ints
-    edge_transfer: Ints
+    need: Ints
+    need_slot: Ints
     receive_of: Ints
-    mesh_of_stage: Ints
+    mesh_of_stage: NDArray[np.int64]
     order: Ints
 
     @property
     def meshes(self) -> int:
         """Number of meshes."""
         return self.code.meshes
+
+    @property
+    def edges(self) -> tuple[NDArray[np.int64], Ints, Ints]:
+        """The dependencies as CSR arrays: start, task waited for, and slot of the latency between (-1: none)."""
+        some = self.need != NOBODY
+        start = np.concatenate([[0], np.cumsum(some, dtype=np.int64)])
+        return start, self.need[some], self.need_slot[some]
 
 
 def compile_program(program: Program | Code, *, collective_stream: bool = False) -> Compiled:
@@ -81,7 +92,7 @@ def compile_program(program: Program | Code, *, collective_stream: bool = False)
             computes after the last backward of its stage (as XLA and DDP overlap them); else in the row's order.
 
     Raises:
-        ScheduleError: a ``Receive`` has no ``Send``, or the program deadlocks.
+        ScheduleError: a ``Receive`` has no ``Send`` or a ``Send`` no ``Receive``, or the program deadlocks.
     """
     code = program if isinstance(program, Code) else encode(program)
     table = code.table
@@ -96,18 +107,15 @@ def compile_program(program: Program | Code, *, collective_stream: bool = False)
         TransferKey(int(key) // len(WHATS) // stages, int(key) // len(WHATS) % stages, WHATS[int(key) % len(WHATS)])
         for key in distinct
     )
-    executor, slot, edge_start, edge_from, edge_transfer, receive_of, lost = _tasks(
+    executor, slot, need, need_slot, receive_of, lost = _tasks(
         table, code.row_start, stages, distinct, collective_stream
     )
     if lost != NOBODY:
         step = code.instruction(lost)
         raise ScheduleError(f"{word(step)} has no partner; verify the program first")
-    tasks = make_tasks(np.ones(len(table)), executor, edges=(edge_start, edge_from, np.zeros(len(edge_from))))
-    try:
-        order = np.argsort(run_tasks(tasks).start_seconds, kind="stable")
-    except ScheduleError:
+    order, stuck = _order(table, code.row_start, receive_of)
+    if stuck:
         refuse_deadlock(decode(code))
-        raise
     mesh_of_stage = np.full(stages, NOBODY)
     mesh_of_stage[table[:, STAGE]] = code.mesh
     return Compiled(
@@ -117,9 +125,8 @@ def compile_program(program: Program | Code, *, collective_stream: bool = False)
         executor=executor,
         before=_before(executor),
         slot=slot,
-        edge_start=edge_start,
-        edge_from=edge_from,
-        edge_transfer=edge_transfer,
+        need=need,
+        need_slot=need_slot,
         receive_of=receive_of,
         mesh_of_stage=mesh_of_stage,
         order=order,
@@ -128,14 +135,13 @@ def compile_program(program: Program | Code, *, collective_stream: bool = False)
 
 @njit(cache=True)
 def _tasks(
-    table: Table, row_start: Ints, stages: int, transfers: Ints, collective_stream: bool
-) -> tuple[Ints, Ints, Ints, Ints, Ints, Ints, int]:
-    """Executor, slot, edges and ``Receive`` of each task, and a ``Receive`` without partner (-1: there is none)."""
-    count, meshes, whats = len(table), len(row_start) - 1, 6
+    table: Table, row_start: NDArray[np.int64], stages: int, transfers: NDArray[np.int64], collective_stream: bool
+) -> tuple[Ints, Ints, Ints, Ints, Ints, int]:
+    """The arrays of ``Compiled``, and a transfer without its other half (-1: there is none)."""
+    count, meshes = len(table), len(row_start) - 1
     # Channels follow the meshes' streams among the executors; both halves of a transfer meet in a table by number.
     channel = np.full(stages * stages, -1, np.int64)
-    channels = 0
-    microbatches = 1
+    channels, microbatches = 0, 1
     for i in range(count):
         if table[i, KIND] == SEND:
             pair = table[i, STAGE] * stages + table[i, OTHER]
@@ -143,71 +149,101 @@ def _tasks(
                 channel[pair] = channels
                 channels += 1
         microbatches = max(microbatches, table[i, MICROBATCH] + 1)
-    sent = np.full(channels * whats * (microbatches + 1), -1, np.int64)
-    transfer_of = np.full(channels * whats, -1, np.int64)
+    transfer_of = np.full(channels * PAYLOAD_COUNT, -1, np.int64)
     for t in range(len(transfers)):
-        transfer_of[channel[transfers[t] // whats] * whats + transfers[t] % whats] = t
+        place = channel[transfers[t] // PAYLOAD_COUNT] * PAYLOAD_COUNT + transfers[t] % PAYLOAD_COUNT
+        transfer_of[place] = stages * KIND_COUNT + t
+    sent = np.full(channels * PAYLOAD_COUNT * (microbatches + 1), -1, np.int64)
     last_backward = np.full(stages, -1, np.int64)
     for i in range(count):
         kind = table[i, KIND]
         if kind == SEND:
-            place = channel[table[i, STAGE] * stages + table[i, OTHER]] * whats + table[i, WHAT]
+            place = channel[table[i, STAGE] * stages + table[i, OTHER]] * PAYLOAD_COUNT + table[i, WHAT]
             sent[place * (microbatches + 1) + table[i, MICROBATCH] + 1] = i
         elif kind < SEND:
             last_backward[table[i, STAGE]] = i
 
-    executor, slot = np.empty(count, np.int64), np.empty(count, np.int64)
-    edge_start = np.zeros(count + 1, np.int64)
-    edge_from, edge_transfer = np.empty(count, np.int64), np.full(count, -1, np.int64)
-    receive_of = np.full(count, -1, np.int64)
-    edges = 0
+    executor, slot = np.empty(count, np.int32), np.empty(count, np.int32)
+    need, need_slot = np.full(count, -1, np.int32), np.full(count, -1, np.int32)
+    receive_of = np.full(count, -1, np.int32)
     for mesh in range(meshes):
         made = -1  # the task of this mesh after which a send may leave
-        reduced = -1  # the last reduction on the collective stream: whatever else ends the iteration waits for it
+        reduced = -1  # the last reduction on the collective stream, which its results and the update wait for
         for i in range(row_start[mesh], row_start[mesh + 1]):
             kind, stage = table[i, KIND], table[i, STAGE]
-            executor[i], slot[i] = mesh, stage * 9 + kind
+            executor[i], slot[i] = mesh, stage * KIND_COUNT + kind
             if kind == SEND:
                 place = channel[stage * stages + table[i, OTHER]]
                 executor[i] = 2 * meshes + place
-                slot[i] = stages * 9 + transfer_of[place * whats + table[i, WHAT]]
-                if made >= 0:
-                    edge_from[edges] = made
-                    edges += 1
+                slot[i] = transfer_of[place * PAYLOAD_COUNT + table[i, WHAT]]
+                need[i] = reduced if reduced >= 0 and table[i, WHAT] in OF_GRADIENTS else made
             elif kind == RECEIVE:
                 pair = table[i, OTHER] * stages + stage
-                place = channel[pair] * whats + table[i, WHAT] if channel[pair] >= 0 else -1
+                place = channel[pair] * PAYLOAD_COUNT + table[i, WHAT] if channel[pair] >= 0 else -1
                 origin = sent[place * (microbatches + 1) + table[i, MICROBATCH] + 1] if place >= 0 else -1
                 if origin < 0:
-                    return executor, slot, edge_start, edge_from, edge_transfer, receive_of, i
-                edge_from[edges], edge_transfer[edges] = origin, transfer_of[place]
+                    return executor, slot, need, need_slot, receive_of, i
+                need[i], need_slot[i] = origin, transfer_of[place]
                 receive_of[origin] = i
-                edges += 1
                 made = i
             elif collective_stream and kind in (REDUCE, GATHER):
                 executor[i] = meshes + mesh
-                need = last_backward[stage] if kind == REDUCE else made
-                if need >= 0:
-                    edge_from[edges] = need
-                    edges += 1
+                need[i] = last_backward[stage] if kind == REDUCE else made
                 if kind == REDUCE:
                     reduced = i
-                    made = i
             else:
-                if reduced >= 0:
-                    edge_from[edges] = reduced
-                    edges += 1
-                    reduced = -1
+                if kind == UPDATE:
+                    need[i] = reduced
                 made = i
-            edge_start[i + 1] = edges
-    return executor, slot, edge_start, edge_from[:edges].copy(), edge_transfer[:edges].copy(), receive_of, -1
+    for i in range(count):
+        if table[i, KIND] == SEND and receive_of[i] < 0:
+            return executor, slot, need, need_slot, receive_of, i
+    return executor, slot, need, need_slot, receive_of, -1
+
+
+@njit(cache=True)
+def _order(table: Table, row_start: NDArray[np.int64], receive_of: Ints) -> tuple[Ints, bool]:
+    """The tasks in an order that keeps every dependency, and whether some can never start.
+
+    Only a ``Receive`` waits for another row, so rows run on until one whose ``Send`` has not left.
+    """
+    meshes = len(row_start) - 1
+    order = np.empty(len(table), np.int32)
+    at = row_start[:-1].copy()
+    sent = np.zeros(len(table), np.bool_)  # by the Receive that waits for it
+    mesh_of = np.empty(len(table), np.int64)
+    for mesh in range(meshes):
+        mesh_of[row_start[mesh] : row_start[mesh + 1]] = mesh
+    asleep = np.zeros(meshes, np.bool_)
+    awake = np.arange(meshes)[::-1].copy()  # a stack, which each mesh is on at most once
+    waking, placed = meshes, 0
+    while waking > 0:
+        waking -= 1
+        mesh = awake[waking]
+        while at[mesh] < row_start[mesh + 1]:
+            i = at[mesh]
+            if table[i, KIND] == RECEIVE and not sent[i]:
+                asleep[mesh] = True
+                break
+            if table[i, KIND] == SEND and receive_of[i] >= 0:
+                receive = receive_of[i]
+                sent[receive] = True
+                other = mesh_of[receive]
+                if asleep[other] and at[other] == receive:
+                    asleep[other] = False
+                    awake[waking] = other
+                    waking += 1
+            order[placed] = i
+            placed += 1
+            at[mesh] += 1
+    return order, placed < len(table)
 
 
 @njit(cache=True)
 def _before(executor: Ints) -> Ints:
     """The task before each one on its executor (-1: it is the first)."""
-    last = np.full(executor.max() + 1 if len(executor) else 0, -1, np.int64)
-    before = np.empty(len(executor), np.int64)
+    last = np.full(executor.max() + 1 if len(executor) else 0, -1, np.int32)
+    before = np.empty(len(executor), np.int32)
     for task in range(len(executor)):
         before[task] = last[executor[task]]
         last[executor[task]] = task

@@ -19,6 +19,7 @@ from meshwright.simulate.timeline import MemoryStep, Parts
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Index = NDArray[np.int32]
 ACTIVATIONS, TRANSIENT, IN_FLIGHT = range(3)
 NAMES = ("activations", "transient", "in flight")
 
@@ -53,9 +54,9 @@ def live_memory(
     transfers: Sequence[TransferCost],
     start: Floats,
     end: Floats,
-    arrival: Floats,
+    slot_latency_seconds: Floats,
 ) -> Memory:
-    """The memory of a run; ``arrival`` is when the bytes of each ``Send`` are there."""
+    """The memory of a run, given by the start and end of its tasks and the latency of each of their slots."""
     held = stages[: compiled.stages]
     saved = np.array([stage.saved_bytes for stage in held])
     kept = np.array([s.saved_bytes if s.weight_saved_bytes is None else s.weight_saved_bytes for s in held])
@@ -67,6 +68,7 @@ def live_memory(
     if not buffers.any():
         first, seconds, bytes_, peak = _in_row_order(table, rows, start, end, saved, kept, transient)
     else:
+        arrival = end + slot_latency_seconds[compiled.slot]
         moved = np.where(table[:, KIND] == SEND, compiled.slot - compiled.stages * KIND_COUNT, -1)
         mesh, when, what, delta = _changes(
             table, rows, compiled.mesh_of_stage, start, end, arrival, compiled.receive_of, moved, buffers,
@@ -140,7 +142,7 @@ def _changes(
     start: Floats,
     end: Floats,
     arrival: Floats,
-    receive_of: Ints,
+    receive_of: Index,
     moved: Ints,
     buffers: Floats,
     saved: Floats,

@@ -1,7 +1,7 @@
 """A program and the costs of its stages → a timeline, by way of task arrays."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import numpy as np
 from numba import njit
@@ -11,13 +11,14 @@ from meshwright.errors import ScheduleError
 from meshwright.simulate.code import KIND, RECEIVE, SEND, STAGE, Code, Table
 from meshwright.simulate.compiled import KIND_COUNT, Compiled, compile_program
 from meshwright.simulate.costs import PipelineCosts, StageCosts, TransferCost
-from meshwright.simulate.engine import NOBODY, Run, make_tasks, run_tasks
+from meshwright.simulate.engine import NOBODY, make_tasks, run_tasks
 from meshwright.simulate.live import live_memory, peak_parts
 from meshwright.simulate.program import Program, Send, word
 from meshwright.simulate.timeline import CriticalStep, Event, Lazy, Spans, Timeline
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Index = NDArray[np.int32]
 
 __all__ = ["PipelineCosts", "StageCosts", "TransferCost", "simulate"]
 
@@ -34,20 +35,16 @@ def simulate(program: Program | Code | Compiled, costs: PipelineCosts) -> Timeli
     if not isinstance(program, Compiled):
         program = compile_program(program, collective_stream=costs.collective_stream)
     numbers = Numbers(program, costs)
-    run = _run(numbers)
-    code = program.code
-    start, end, arrival = _as_seen(
-        code.table, code.row_start, run.start_seconds, run.end_seconds, program.slot, numbers.slot_latency_seconds
-    )
-    memory = live_memory(program, costs.stages, numbers.transfers, run.start_seconds, run.end_seconds, arrival)
-    mesh, first, last = _work(code.table, code.row_start, start, end, program.executor)
+    start, end = _run(numbers)
+    memory = live_memory(program, costs.stages, numbers.transfers, start, end, numbers.slot_latency_seconds)
     return Timeline(
         mesh_devices=_mesh_devices(program, costs),
-        events=Lazy(partial(_events, code, start, end)),
+        events=Lazy(partial(_events, numbers, start, end)),
         live_bytes=Lazy(memory.steps),
-        critical_path=Lazy(partial(_critical_path, numbers, run, start, end)),
+        critical_path=Lazy(partial(_critical_path, numbers, start, end)),
         peak_parts=Lazy(partial(peak_parts, memory, program, costs.stages)),
-        spans=Spans(mesh, first, last, float(end.max(initial=0.0))),
+        known_spans=cache(partial(_spans, program, start, end)),
+        known_makespan_seconds=float(end.max(initial=0.0)),  # every Send has its Receive, which ends no earlier
         known_peak_bytes=memory.peak_bytes,
     )
 
@@ -96,23 +93,16 @@ class Numbers:
         latency[self.compiled.stages * KIND_COUNT :] = [cost.latency_seconds for cost in self.transfers]
         return latency
 
-    @cached_property
-    def duration_seconds(self) -> Floats:
-        """Seconds of each task with all resources to itself."""
-        duration: Floats = self.slot_seconds[self.compiled.slot]
-        if np.isnan(duration).any():
-            step = self.compiled.code.instruction(int(np.isnan(duration).argmax()))
+    def check(self) -> None:
+        """Raise ``ScheduleError`` where a backward is split of which no halves are known."""
+        if not np.isnan(self.slot_seconds).any():
+            return
+        unknown = np.isnan(self.slot_seconds[self.compiled.slot])
+        if unknown.any():
+            step = self.compiled.code.instruction(int(unknown.argmax()))
             raise ScheduleError(
                 f"{word(step)} is half a backward, but stage {step.stage} has no input_seconds and weight_seconds"
             )
-        return duration
-
-    @cached_property
-    def latency_seconds(self) -> Floats:
-        """Latency of each edge."""
-        by_transfer = np.array([*(cost.latency_seconds for cost in self.transfers), 0.0])
-        latency: Floats = by_transfer[self.compiled.edge_transfer]
-        return latency
 
 
 def _first_word(code: Code, key: tuple[int, int, str]) -> str:
@@ -120,19 +110,48 @@ def _first_word(code: Code, key: tuple[int, int, str]) -> str:
     return next(word(s) for s in sends if isinstance(s, Send) and (s.stage, s.target, s.what) == key)
 
 
-def _run(numbers: Numbers) -> Run:
-    """Times of all tasks; without anything shared by one pass in the order that was found when compiling."""
-    compiled, costs = numbers.compiled, numbers.costs
-    resource, demand, rates = _resources(compiled, costs)
+def _run(numbers: Numbers) -> tuple[Floats, Floats]:
+    """Start and end of all tasks; with nothing shared, by one pass in the order that was found when compiling."""
+    compiled = numbers.compiled
+    numbers.check()
+    resource, demand, rates = _resources(compiled, numbers.costs)
+    if resource is None:
+        return _in_order(
+            compiled.order,
+            compiled.before,
+            compiled.need,
+            compiled.need_slot,
+            compiled.slot,
+            numbers.slot_seconds,
+            numbers.slot_latency_seconds,
+        )
+    start, origin, slot = compiled.edges
     tasks = make_tasks(
-        numbers.duration_seconds,
+        numbers.slot_seconds[compiled.slot],
         compiled.executor,
-        edges=(compiled.edge_start, compiled.edge_from, numbers.latency_seconds),
+        edges=(start, origin, np.where(slot < 0, 0.0, numbers.slot_latency_seconds[slot])),
         resource=resource,
         demand=demand,
         resource_rates=rates,
     )
-    return run_tasks(tasks)
+    run = run_tasks(tasks)
+    return run.start_seconds, run.end_seconds
+
+
+@njit(cache=True)
+def _in_order(
+    order: Index, before: Index, need: Index, need_slot: Index, slot: Index, seconds: Floats, latency: Floats
+) -> tuple[Floats, Floats]:
+    start, end = np.empty(len(order)), np.empty(len(order))
+    for task in order:
+        begin = end[before[task]] if before[task] >= 0 else 0.0
+        if need[task] >= 0:
+            arrival = end[need[task]]
+            if need_slot[task] >= 0:
+                arrival += latency[need_slot[task]]
+            begin = max(begin, arrival)
+        start[task], end[task] = begin, begin + seconds[slot[task]]
+    return start, end
 
 
 def _resources(compiled: Compiled, costs: PipelineCosts) -> tuple[Ints | None, Ints | None, list[tuple[float, ...]]]:
@@ -174,8 +193,8 @@ def _mesh_devices(compiled: Compiled, costs: PipelineCosts) -> tuple[tuple[int, 
 
 @njit(cache=True)
 def _as_seen(
-    table: Table, row_start: Ints, start: Floats, end: Floats, slot: Ints, latency: Floats
-) -> tuple[Floats, Floats, Floats]:
+    table: Table, row_start: Ints, start: Floats, end: Floats, slot: Index, latency: Floats
+) -> tuple[Floats, Floats]:
     """From tasks to events: a ``Receive`` begins when its mesh got there, a ``Send`` ends when its bytes are there."""
     seen_start, seen_end = start.copy(), end.copy()
     for mesh in range(len(row_start) - 1):
@@ -188,11 +207,15 @@ def _as_seen(
             if kind == RECEIVE:
                 seen_start[i] = min(reached, end[i])
             reached = max(reached, end[i])
-    return seen_start, seen_end, seen_end
+    return seen_start, seen_end
+
+
+def _spans(compiled: Compiled, start: Floats, end: Floats) -> Spans:
+    return Spans(*_work(compiled.code.table, compiled.code.row_start, start, end, compiled.executor))
 
 
 @njit(cache=True)
-def _work(table: Table, row_start: Ints, start: Floats, end: Floats, executor: Ints) -> tuple[Ints, Floats, Floats]:
+def _work(table: Table, row_start: Ints, start: Floats, end: Floats, executor: Index) -> tuple[Ints, Floats, Floats]:
     """What is not a transfer, by mesh and start: on each mesh two lists in order, of its rows and of its stream."""
     meshes = len(row_start) - 1
     size = 0
@@ -222,22 +245,39 @@ def _work(table: Table, row_start: Ints, start: Floats, end: Floats, executor: I
     return mesh_of, first, last
 
 
-def _events(code: Code, start: Floats, end: Floats) -> tuple[Event, ...]:
-    mesh, starts, ends = code.mesh.tolist(), start.tolist(), end.tolist()
-    order = sorted(range(code.count), key=lambda i: (starts[i], mesh[i]))
-    return tuple(Event(mesh[i], code.instruction(i), starts[i], ends[i]) for i in order)
+def _seen(numbers: Numbers, start: Floats, end: Floats) -> tuple[Floats, Floats]:
+    compiled = numbers.compiled
+    code = compiled.code
+    return _as_seen(code.table, code.row_start, start, end, compiled.slot, numbers.slot_latency_seconds)
 
 
-def _critical_path(numbers: Numbers, run: Run, start: Floats, end: Floats) -> tuple[CriticalStep, ...]:
+def _events(numbers: Numbers, start: Floats, end: Floats) -> tuple[Event, ...]:
     code = numbers.compiled.code
+    first, last = (seconds.tolist() for seconds in _seen(numbers, start, end))
+    mesh = code.mesh.tolist()
+    order = sorted(range(code.count), key=lambda i: (first[i], mesh[i]))
+    return tuple(Event(mesh[i], code.instruction(i), first[i], last[i]) for i in order)
+
+
+def _critical_path(numbers: Numbers, start: Floats, end: Floats) -> tuple[CriticalStep, ...]:
+    """From the last end back to zero: each task was let in by its executor or, if that was free, by what it needs."""
+    compiled = numbers.compiled
+    code, slot, latency = compiled.code, compiled.slot, numbers.slot_latency_seconds
+    if not code.count:
+        return ()
+    first, last = _seen(numbers, start, end)
     mesh = code.mesh
     steps = []
-    for task in run.critical_path():
-        edge = run.waited_edge[task]
-        latency = float(numbers.latency_seconds[edge]) if edge >= 0 else 0.0
-        alone = float(numbers.duration_seconds[task])
-        contention = float(run.end_seconds[task] - run.start_seconds[task]) - alone
+    task = int(end.argmax())
+    while task != NOBODY:
+        before, need, via = (int(found[task]) for found in (compiled.before, compiled.need, compiled.need_slot))
+        arrival = end[need] + (latency[via] if via >= 0 else 0.0) if need >= 0 else 0.0
+        free = end[before] if before >= 0 else 0.0
+        waited, passed = (before, 0.0) if free >= arrival else (need, float(latency[via]) if via >= 0 else 0.0)
+        alone = float(numbers.slot_seconds[slot[task]])
+        contention = float(end[task] - start[task]) - alone
         slowed = contention > 1e-9 * alone  # less is rounding
-        event = Event(int(mesh[task]), code.instruction(task), float(start[task]), float(end[task]))
-        steps.append(CriticalStep(event, alone, latency, contention if slowed else 0.0))
-    return tuple(steps)
+        event = Event(int(mesh[task]), code.instruction(task), float(first[task]), float(last[task]))
+        steps.append(CriticalStep(event, alone, passed, contention if slowed else 0.0))
+        task = waited
+    return tuple(reversed(steps))

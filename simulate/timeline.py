@@ -111,7 +111,6 @@ class Spans:
     mesh: Ints
     start_seconds: Floats
     end_seconds: Floats
-    makespan_seconds: float
 
 
 MemoryStep = tuple[float, float]
@@ -124,7 +123,7 @@ class Timeline:
 
     ``live_bytes`` holds, for each mesh, (seconds, bytes on each of its devices from then on) steps, and ``peak_parts``
     what the highest of them is made of, as (name, bytes). ``critical_path`` is the simulator's and empty in a measured
-    timeline. ``spans`` is for those who have the numbers as arrays already.
+    timeline. The last three fields are for those who know these numbers already.
     """
 
     mesh_devices: tuple[tuple[int, ...], ...]
@@ -132,13 +131,16 @@ class Timeline:
     live_bytes: Sequence[tuple[MemoryStep, ...]] = ()
     critical_path: Sequence[CriticalStep] = field(default=(), repr=False)
     peak_parts: Sequence[Parts] = field(default=(), repr=False)
-    spans: Spans | None = field(default=None, repr=False, compare=False)
+    known_spans: Callable[[], Spans] | None = field(default=None, repr=False, compare=False)
+    known_makespan_seconds: float | None = field(default=None, repr=False, compare=False)
     known_peak_bytes: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
 
     @property
     def makespan_seconds(self) -> float:
         """From zero to the end of the last event."""
-        return self._spans().makespan_seconds
+        if self.known_makespan_seconds is not None:
+            return self.known_makespan_seconds
+        return max((event.end_seconds for event in self.events), default=0.0)
 
     @property
     def span_seconds(self) -> float:
@@ -181,11 +183,8 @@ class Timeline:
         causes = self.critical_seconds
         return sum(causes.get(cause, 0.0) for cause in COMMUNICATION)
 
-    def _spans(self) -> Spans:
-        return self.spans if self.spans is not None else spans_of(self.events)
-
     def _work(self) -> tuple[Ints, Floats, Floats]:
-        spans = self._spans()
+        spans = self.known_spans() if self.known_spans is not None else spans_of(self.events)
         return spans.mesh, spans.start_seconds, spans.end_seconds
 
 
@@ -196,7 +195,6 @@ def spans_of(events: Sequence[Event]) -> Spans:
         np.array([mesh for mesh, _, _ in work], np.int64),
         np.array([start for _, start, _ in work], np.float64),
         np.array([end for _, _, end in work], np.float64),
-        max((event.end_seconds for event in events), default=0.0),
     )
 
 

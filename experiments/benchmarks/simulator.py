@@ -1,61 +1,212 @@
-"""How many tasks a second the event engine times: ``python -m experiments.benchmarks.simulator [--json]``.
+"""How fast the simulator is: ``python -m experiments.benchmarks.simulator [--json] [--plot FILE]``.
 
-A pipeline-like lattice: task (round, stage) needs (round, stage - 1) and its stage's executor. Once without resources
-(the longest-path pass), once with links that are shared (the event queue). Best of several warm runs, on one core.
+Everything is timed in this one process, side by side: SimPy and the simulator play the same 1F1B step and must agree
+on its makespan. Every figure is the best of several warm runs on one core; what is compiled (by Numba) is compiled
+before. ``whole`` includes making the program from the schedule's name, which a planner does once for many plans.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable, Generator
+from typing import Any
 
 import numpy as np
+import simpy
 
+from meshwright.simulate.build import build_code
+from meshwright.simulate.code import decode
+from meshwright.simulate.compiled import Compiled, compile_program
+from meshwright.simulate.costs import PipelineCosts, StageCosts, TransferCost
 from meshwright.simulate.engine import Tasks, make_tasks, run_tasks
+from meshwright.simulate.pipeline import simulate
+from meshwright.simulate.program import Backward, Forward, compute_only
 
-STAGES = 64
+FORWARD_SECONDS, BACKWARD_SECONDS, HOP_SECONDS = 1.0, 2.0, 0.1
+LATTICE_WIDTH = 64
 
 
-def lattice(rounds: int, shared: bool) -> Tasks:
-    """``rounds * STAGES`` tasks of one second; with ``shared``, eight links carry them."""
-    count = rounds * STAGES
-    stage = np.tile(np.arange(STAGES), rounds)
-    needs = (stage > 0).astype(np.int64)
-    start = np.concatenate([[0], np.cumsum(needs)])
-    origin = np.arange(count)[stage > 0] - 1
+def equal_stages(stages: int, scale: float = 1.0) -> PipelineCosts:
+    """A chain of equal stages whose live micro-batches weigh one byte each."""
+    stage = tuple(
+        StageCosts(
+            devices=(s,),
+            forward_seconds=scale * FORWARD_SECONDS,
+            backward_seconds=scale * BACKWARD_SECONDS,
+            static_bytes=16.0,
+            saved_bytes=1.0,
+        )
+        for s in range(stages)
+    )
+    hop = TransferCost(0.0, HOP_SECONDS)
+    forth = {(s, s + 1, "activation"): hop for s in range(stages - 1)}
+    back = {(s + 1, s, "cotangent"): hop for s in range(stages - 1)}
+    return PipelineCosts(stage, {**forth, **back})  # type: ignore[dict-item]
+
+
+def simpy_step(rows: tuple[tuple[Any, ...], ...]) -> float:
+    """One step in SimPy: a process a device, a timeout a computation, a timeout a message on its way."""
+    env = simpy.Environment()
+    stages = len(rows)
+    sent: dict[Any, simpy.Event] = {
+        step: env.event()
+        for row in rows
+        for step in row
+        if (isinstance(step, Forward) and step.stage < stages - 1) or (isinstance(step, Backward) and step.stage > 0)
+    }
+
+    def device(row: tuple[Any, ...]) -> Generator[simpy.Event, None, None]:
+        for step in row:
+            forward = isinstance(step, Forward)
+            source = type(step)(step.stage + (-1 if forward else 1), step.microbatch)
+            if source in sent and 0 <= source.stage < stages:
+                yield sent[source]
+            yield env.timeout(FORWARD_SECONDS if forward else BACKWARD_SECONDS)
+            if step in sent:
+                event = sent[step]
+                env.timeout(HOP_SECONDS).callbacks.append(lambda _, event=event: event.succeed())  # type: ignore[misc]
+
+    for row in rows:
+        env.process(device(row))
+    env.run()
+    return float(env.now)
+
+
+def lattice(tasks: int, shared: bool) -> Tasks:
+    """A pipeline-like lattice of one-second tasks: (round, column) needs (round, column - 1) and its column."""
+    rounds = max(1, tasks // LATTICE_WIDTH)
+    count = rounds * LATTICE_WIDTH
+    column = np.tile(np.arange(LATTICE_WIDTH), rounds)
+    start = np.concatenate([[0], np.cumsum(column > 0, dtype=np.int64)])
+    origin = np.arange(count)[column > 0] - 1
     return make_tasks(
         np.ones(count),
-        stage,
+        column,
         edges=(start, origin, np.zeros(len(origin))),
-        resource=stage % 8 if shared else None,
+        resource=column % 8 if shared else None,
         resource_rates=[(1.0,)] * 8 if shared else (),
     )
 
 
-def tasks_per_second(tasks: Tasks, repeats: int) -> float:
-    """Best of ``repeats`` runs after one that compiles."""
-    run_tasks(tasks)
+def best_seconds(work: Callable[[], object], repeats: int) -> float:
+    """The quickest of ``repeats`` runs, after one that compiles."""
+    work()
     spent = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        run_tasks(tasks)
+        work()
         spent.append(time.perf_counter() - begin)
-    return tasks.count / min(spent)
+    return min(spent)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Tasks a second of the event engine.")
-    parser.add_argument("--rounds", type=int, default=1 << 14, help="tasks are 64 times as many (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    rates = {
-        f"{name}_tasks_per_second": tasks_per_second(lattice(args.rounds, shared), args.repeats)
-        for name, shared in (("alone", False), ("shared", True))
+def score(compiled: Compiled, costs: PipelineCosts) -> float:
+    """What a planner asks of a plan: its time, and that its memory fits."""
+    timeline = simulate(compiled, costs)
+    return timeline.makespan_seconds if max(timeline.peak_bytes) < 1e9 else float("inf")
+
+
+def measure(repeats: int = 5, largest: int = 10**7) -> dict[str, Any]:
+    """All figures as plain data."""
+    code = build_code("1f1b", 16, 256)
+    compiled, costs = compile_program(code), equal_stages(16)
+    rows = compute_only(decode(code))
+    expected, ours = simpy_step(rows), simulate(compiled, costs).makespan_seconds
+    if abs(expected - ours) > 1e-9 * expected:
+        raise AssertionError(f"SimPy says {expected} s, the simulator {ours} s")
+    simpy_seconds = best_seconds(lambda: simpy_step(rows), repeats)
+    step_seconds = best_seconds(lambda: score(compiled, costs), 20 * repeats)
+    whole_seconds = best_seconds(lambda: score(compile_program(build_code("1f1b", 16, 256)), costs), 4 * repeats)
+
+    large = equal_stages(64)
+    large_seconds = best_seconds(lambda: score(compile_program(build_code("1f1b", 64, 1024)), large), repeats)
+    small = compile_program(build_code("1f1b", 8, 32))
+    plans = [equal_stages(8, 1.0 + k / 1000) for k in range(1000)]
+    plans_seconds = best_seconds(lambda: [score(small, plan) for plan in plans], repeats)
+
+    sizes = [size for size in (10**4, 10**5, 10**6, 10**7) if size <= largest]
+    growth = []
+    for size in sizes:
+        tasks = lattice(size, shared=False)
+        few = lattice(min(size, 10**6), shared=True)
+        growth.append(
+            {
+                "tasks": tasks.count,
+                "seconds": best_seconds(lambda tasks=tasks: run_tasks(tasks), repeats),  # type: ignore[misc]
+                "contended_tasks": few.count,
+                "contended_seconds": best_seconds(lambda few=few: run_tasks(few), repeats),  # type: ignore[misc]
+            }
+        )
+    return {
+        "tasks_per_second": max(entry["tasks"] / entry["seconds"] for entry in growth),
+        "largest_tasks_per_second": growth[-1]["tasks"] / growth[-1]["seconds"],
+        "contended_tasks_per_second": max(entry["contended_tasks"] / entry["contended_seconds"] for entry in growth),
+        "ratio_to_simpy": simpy_seconds / step_seconds,
+        "ratio_to_simpy_whole": simpy_seconds / whole_seconds,
+        "simpy_seconds": simpy_seconds,
+        "step_seconds": step_seconds,
+        "plans_per_second": len(plans) / plans_seconds,
+        "step_64x1024_seconds": large_seconds,
+        "growth": growth,
+        "growth_exponent": growth_exponent(growth),
     }
+
+
+def growth_exponent(growth: list[dict[str, Any]]) -> float:
+    """The power p of seconds ~ tasks^p over all sizes; n log n from 10^4 to 10^7 tasks is 1.08."""
+    if len(growth) < 2:
+        return float("nan")
+    tasks, seconds = ([np.log(entry[key]) for entry in growth] for key in ("tasks", "seconds"))
+    return float(np.polyfit(tasks, seconds, 1)[0])
+
+
+def plot(growth: list[dict[str, Any]], path: str) -> None:
+    """Draw time over size against the line that n log n would take from the smallest size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    tasks = np.array([entry["tasks"] for entry in growth], float)
+    seconds = np.array([entry["seconds"] for entry in growth])
+    contended = np.array([entry["contended_tasks"] for entry in growth], float)
+    axes.loglog(tasks, seconds, "o-", color="#0072B2", label="nothing shared")
+    axes.loglog(
+        contended, [entry["contended_seconds"] for entry in growth], "s-", color="#D55E00", label="8 shared links"
+    )
+    line = seconds[0] * tasks * np.log(tasks) / (tasks[0] * np.log(tasks[0]))
+    axes.loglog(tasks, line, "--", color="#7B8794", label="n log n from the smallest")
+    axes.set_xlabel("tasks")
+    axes.set_ylabel("seconds (best of several runs, one core)")
+    axes.grid(True, which="major", color="#E4E7EB")
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="How fast the simulator is, beside SimPy in the same process.")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of which the best counts (default: %(default)s)")
+    parser.add_argument("--largest", type=int, default=10**7, help="most tasks of the growth curve (default: 10^7)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--plot", metavar="FILE", help="draw the growth curve")
+    args = parser.parse_args(arguments)
+    figures = measure(args.repeats, args.largest)
+    if args.plot:
+        plot(figures["growth"], args.plot)
     if args.json:
-        print(json.dumps({"tasks": args.rounds * STAGES, **rates}))
-    else:
-        print("\n".join(f"{name:26} {rate / 1e6:6.1f} million" for name, rate in rates.items()))
+        print(json.dumps(figures))
+        return
+    print(f"one core, nothing shared      {figures['tasks_per_second'] / 1e6:8.1f} M tasks/s at best")
+    print(
+        f"  at {figures['growth'][-1]['tasks']:.0e} tasks              {figures['largest_tasks_per_second'] / 1e6:8.1f} M tasks/s"
+    )
+    print(f"8 shared links                {figures['contended_tasks_per_second'] / 1e6:8.1f} M tasks/s at best")
+    print(f"1F1B, S=16, M=256: SimPy      {figures['simpy_seconds'] * 1e3:8.2f} ms a simulation")
+    print(
+        f"  Meshwright, memory on       {figures['step_seconds'] * 1e3:8.2f} ms: {figures['ratio_to_simpy']:.0f} times as fast"
+    )
+    print(f"  and from the schedule's name {figures['ratio_to_simpy_whole']:7.0f} times as fast")
+    print(f"1F1B, S=64, M=1024, all of it {figures['step_64x1024_seconds'] * 1e3:8.1f} ms")
+    print(f"plans of S=8, M=32            {figures['plans_per_second']:8.0f} a second")
+    print(f"time grows as tasks to the power of {figures['growth_exponent']:.2f}")
 
 
 if __name__ == "__main__":
