@@ -9,7 +9,7 @@ import msgspec
 from meshwright.calibrate.hardware import Cluster
 from meshwright.plan.planfile import Plan, PlannedStage, Predicted, Transfer, load_plan, public_json
 from meshwright.simulate.build import build_program
-from meshwright.simulate.pipeline import PipelineCosts, StageCosts, TransferCost, simulate
+from meshwright.simulate.pipeline import PipelineCosts, StageCosts, TransferCost, compiled_schedule, simulate
 from meshwright.simulate.program import Program
 from meshwright.simulate.timeline import Timeline
 from meshwright.simulate.topology import core_sharing
@@ -36,8 +36,11 @@ class Prediction:
 def program_of(
     schedule: str, microbatches: int, stages: int, transfers: tuple[Transfer, ...], tied: tuple[tuple[int, int], ...]
 ) -> Program:
-    edges = sorted({(t.source, t.target) for t in transfers if t.what == "activation"})
-    return build_program(schedule, stages, microbatches, edges, tied)
+    return build_program(schedule, stages, microbatches, _edges(transfers), tied)
+
+
+def _edges(transfers: tuple[Transfer, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(sorted({(t.source, t.target) for t in transfers if t.what == "activation"}))
 
 
 def simulate_stages(
@@ -66,7 +69,7 @@ def simulate_stages(
         transfers={(t.source, t.target, t.what): TransferCost(t.wire_seconds, t.latency_seconds) for t in transfers},
         cores=core_sharing(cluster),
     )
-    return simulate(program_of(schedule, microbatches, len(stages), transfers, tied), costs)
+    return simulate(compiled_schedule(schedule, len(stages), microbatches, _edges(transfers), tied), costs)
 
 
 def judge(

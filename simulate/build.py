@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
 import numpy as np
 from numba import njit
@@ -97,21 +96,6 @@ def build_code(
     options = Options(chunks=chunks, atomic_pairs=atomic_pairs, edges=graph)
     order = plan.make(meshes, microbatches, options)
     return weave(order, order.edges if edges is None else edges, tied, norm=norm, gather=gather)
-
-
-@lru_cache(maxsize=64)
-def cached_code(
-    schedule: str,
-    meshes: int,
-    microbatches: int,
-    edges: tuple[tuple[int, int], ...] | None = None,
-    tied: tuple[tuple[int, int], ...] = (),
-    chunks: int | None = None,
-    norm: bool = False,
-    gather: bool = False,
-) -> Code:
-    """``build_code`` for callers that ask for the same program again and again."""
-    return build_code(schedule, meshes, microbatches, edges, tied, chunks=chunks, norm=norm, gather=gather)
 
 
 def weave(order: Order, edges: Edges, tied: Edges = (), *, norm: bool = False, gather: bool = False) -> Code:

@@ -1,13 +1,14 @@
 """A program and the costs of its stages → a timeline, by way of task arrays."""
 
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from meshwright.errors import ScheduleError
+from meshwright.simulate.build import build_code
 from meshwright.simulate.code import KIND, RECEIVE, SEND, STAGE, Code, Table
 from meshwright.simulate.compiled import KIND_COUNT, Compiled, compile_program
 from meshwright.simulate.costs import PipelineCosts, StageCosts, TransferCost
@@ -20,7 +21,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Index = NDArray[np.int32]
 
-__all__ = ["PipelineCosts", "StageCosts", "TransferCost", "simulate"]
+__all__ = ["PipelineCosts", "StageCosts", "TransferCost", "compiled_schedule", "simulate"]
 
 
 def simulate(program: Program | Code | Compiled, costs: PipelineCosts) -> Timeline:
@@ -46,6 +47,24 @@ def simulate(program: Program | Code | Compiled, costs: PipelineCosts) -> Timeli
         known_spans=cache(partial(_spans, program, start, end)),
         known_makespan_seconds=float(end.max(initial=0.0)),  # every Send has its Receive, which ends no earlier
         known_peak_bytes=memory.peak_bytes,
+    )
+
+
+@lru_cache(maxsize=256)
+def compiled_schedule(
+    schedule: str,
+    meshes: int,
+    microbatches: int,
+    edges: tuple[tuple[int, int], ...] | None = None,
+    tied: tuple[tuple[int, int], ...] = (),
+    *,
+    chunks: int | None = None,
+    norm: bool = False,
+    gather: bool = False,
+) -> Compiled:
+    """The tasks of a schedule (``build.build_code``), remembered: a search scores it with many costs."""
+    return compile_program(
+        build_code(schedule, meshes, microbatches, edges, tied, chunks=chunks, norm=norm, gather=gather)
     )
 
 
