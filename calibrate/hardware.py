@@ -14,11 +14,11 @@ from typing import Any
 
 import msgspec
 
+from meshwright.calibrate.link import COLLECTIVE_KINDS, CollectiveFit, Link, Piece
 from meshwright.calibrate.quantity import Quantity, Record, need_not_negative, need_positive, short_dtype
 from meshwright.calibrate.schema import convert, read_json
 from meshwright.errors import ClusterError
 
-COLLECTIVE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "permute")
 FALLBACK_DTYPE = "f32"
 FORMAT = "meshwright-cluster"
 VERSION = 1
@@ -31,6 +31,7 @@ __all__ = [
     "Device",
     "Host",
     "Link",
+    "Piece",
     "Quantity",
     "cluster_from_data",
     "cluster_to_data",
@@ -81,62 +82,14 @@ class Device(Record, frozen=True, kw_only=True):
         return self.flops_per_second.get(key, self.flops_per_second[FALLBACK_DTYPE]).value
 
 
-class CollectiveFit(Record, frozen=True, kw_only=True):
-    """Measured time of one kind of collective among ``ranks`` devices: latency + message_bytes / bytes_per_second.
-
-    ``message_bytes`` is the size of the *whole* array: the reduced one, the gathered one, the one before scattering,
-    for an all-to-all what all ranks hold together; for a permute, what each rank sends.
-    """
-
-    ranks: int
-    latency_seconds: Quantity
-    bytes_per_second: Quantity
-
-    def __post_init__(self) -> None:
-        if self.ranks < 2:
-            raise ClusterError(f"ranks is {self.ranks}; a collective has at least 2")
-        need_not_negative("latency_seconds", self.latency_seconds)
-        need_positive("bytes_per_second", self.bytes_per_second)
-
-    def seconds(self, message_bytes: float) -> float:
-        """Time of one collective on an array of ``message_bytes``."""
-        return self.latency_seconds.value + message_bytes / self.bytes_per_second.value
-
-
-class Link(Record, frozen=True, kw_only=True):
-    """How one device reaches another.
-
-    ``bytes_per_second`` is what one device sends to one other, per direction, with nobody else on the link;
-    ``host_bytes_per_second``, where given, caps what all devices of a host send over it together (a shared NIC).
-    """
-
-    bytes_per_second: Quantity
-    latency_seconds: Quantity
-    host_bytes_per_second: Quantity | None = None
-    collectives: dict[str, tuple[CollectiveFit, ...]] = msgspec.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        need_positive("bytes_per_second", self.bytes_per_second)
-        need_not_negative("latency_seconds", self.latency_seconds)
-        if self.host_bytes_per_second is not None:
-            need_positive("host_bytes_per_second", self.host_bytes_per_second)
-        for kind, fits in self.collectives.items():
-            if kind not in COLLECTIVE_KINDS:
-                raise ClusterError(f"collectives.{kind} is not a collective; known are {', '.join(COLLECTIVE_KINDS)}")
-            ranks = [fit.ranks for fit in fits]
-            if len(set(ranks)) != len(ranks):
-                raise ClusterError(f"collectives.{kind} lists a number of ranks twice: {ranks}")
-
-    def fitted(self, kind: str, ranks: int) -> CollectiveFit | None:
-        """The measured entry for exactly this kind and number of ranks, if there is one."""
-        return next((fit for fit in self.collectives.get(kind, ()) if fit.ranks == ranks), None)
-
-
 class Host(Record, frozen=True, kw_only=True):
     """One machine: equal devices, the link between them, and the cores that feed them.
 
     On a CPU machine ``share_cores`` is true: its devices are ranks that take turns on the cores. ``busy_slowdown`` is
     then the measured time of a matmul with all ``devices`` busy, over its time alone (1 for separate devices).
+
+    ``nics`` network cards carry what the devices send to other hosts, each its part of the network's
+    ``host_bytes_per_second``; ``pcie`` is the way between one device and the host's memory.
     """
 
     device: Device
@@ -145,9 +98,11 @@ class Host(Record, frozen=True, kw_only=True):
     link: Link
     share_cores: bool = False
     busy_slowdown: Quantity | None = None
+    nics: int = 1
+    pcie: Link | None = None
 
     def __post_init__(self) -> None:
-        for name, count in (("devices", self.devices), ("cores", self.cores)):
+        for name, count in (("devices", self.devices), ("cores", self.cores), ("nics", self.nics)):
             if count < 1:
                 raise ClusterError(f"{name} is {count}; at least 1 is needed")
         if self.busy_slowdown is not None and not (self.share_cores and self.busy_slowdown.value >= 1):
@@ -185,16 +140,33 @@ class Host(Record, frozen=True, kw_only=True):
 
 
 class Cluster(Record, frozen=True, kw_only=True):
-    """Hosts and the network between them. Devices are numbered host by host, in order."""
+    """Hosts and the network between them. Devices are numbered host by host, in order.
+
+    Every ``hosts_per_leaf`` hosts share a leaf switch (without it, all hosts one), whose way to other leaves has
+    1 / ``oversubscription`` of the capacity of its hosts.
+    """
 
     name: str
     hosts: tuple[Host, ...]
     inter_host: Link
     notes: tuple[str, ...] = ()
+    hosts_per_leaf: int | None = None
+    oversubscription: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.hosts:
             raise ClusterError("hosts is empty; a cluster has at least one host")
+        if self.hosts_per_leaf is not None and self.hosts_per_leaf < 1:
+            raise ClusterError(f"hosts_per_leaf is {self.hosts_per_leaf}; at least 1 is needed")
+        if not 1.0 <= self.oversubscription < float("inf"):
+            raise ClusterError(
+                f"oversubscription is {self.oversubscription:g}; a finite ratio of at least 1 is needed, "
+                "2 for leaves with half the capacity upwards"
+            )
+        if self.oversubscription > 1 and self.hosts_per_leaf is None:
+            raise ClusterError(
+                f"oversubscription is {self.oversubscription:g} without hosts_per_leaf; say how many hosts share a leaf"
+            )
 
     @property
     def devices(self) -> int:
@@ -250,6 +222,8 @@ class ClusterFile(Record, frozen=True, kw_only=True):
     hosts: tuple[HostGroup, ...]
     inter_host: Link
     notes: tuple[str, ...] = ()
+    hosts_per_leaf: int | None = None
+    oversubscription: float = 1.0
 
 
 def cluster_to_data(cluster: Cluster) -> dict[str, Any]:
@@ -274,7 +248,14 @@ def cluster_from_data(data: object, where: str = "cluster") -> Cluster:
     try:
         file = convert(data, ClusterFile)
         hosts = tuple(_one_host(group) for group in file.hosts for _ in range(group.count))
-        return Cluster(name=file.name, hosts=hosts, inter_host=file.inter_host, notes=file.notes)
+        return Cluster(
+            name=file.name,
+            hosts=hosts,
+            inter_host=file.inter_host,
+            notes=file.notes,
+            hosts_per_leaf=file.hosts_per_leaf,
+            oversubscription=file.oversubscription,
+        )
     except ClusterError as error:
         raise ClusterError(f"{where}: {error}") from None
 
@@ -329,6 +310,8 @@ def parse_cluster(spec: str) -> Cluster:
         hosts=tuple(host for part in parts for host in part.hosts),
         inter_host=_slowest([part.inter_host for part in parts]),
         notes=tuple(note for part in parts for note in part.notes),
+        hosts_per_leaf=min((part.hosts_per_leaf for part in parts if part.hosts_per_leaf), default=None),
+        oversubscription=max(part.oversubscription for part in parts),
     )
 
 

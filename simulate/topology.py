@@ -4,8 +4,6 @@ from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
-import msgspec
-
 from meshwright.calibrate.hardware import Cluster, Link
 from meshwright.errors import ClusterError
 
@@ -66,8 +64,9 @@ def axis_link(cluster: Cluster, submesh: SubMesh, axis_sizes: tuple[int, ...], a
     """The link that a collective along one mesh axis sees while all groups of that axis run it at once.
 
     Groups that stay inside a host use the host's link (of the slowest host, where hosts differ); otherwise the
-    network, with a host's cap (a shared NIC) divided among the groups that send through it: in a ring each group
-    leaves a host once. What was measured on a link is slowed in the same proportion.
+    network, with a host's cap divided among the groups that send through it: a group has one ring for each network
+    card that its devices use, and each ring leaves a host once (NCCL's channels). What was measured on a link changes
+    in the same proportion.
     """
     groups = axis_groups(submesh, axis_sizes, axis)
     _inside(cluster, submesh)
@@ -76,8 +75,10 @@ def axis_link(cluster: Cluster, submesh: SubMesh, axis_sizes: tuple[int, ...], a
         senders = Counter(cluster.host_of(device) for device in submesh.indices)
         links = [_shared(cluster.hosts[host].link, count) for host, count in sorted(senders.items())]
         return min(links, key=lambda link: link.bytes_per_second.value)
-    through = Counter(host for home in homes if len(home) > 1 for host in home)
-    return _shared(cluster.inter_host, max(through.values()))
+    crossing = [(group, home) for group, home in zip(groups, homes, strict=True) if len(home) > 1]
+    through = Counter(host for _, home in crossing for host in home)
+    rings = min(_rings(cluster, group) for group, _ in crossing)
+    return _through_hosts(cluster, rings, max(through.values()))
 
 
 def hop_link(cluster: Cluster, sub_a: SubMesh, sub_b: SubMesh, pairs: int | None = None) -> Link:
@@ -101,7 +102,7 @@ def hop_link(cluster: Cluster, sub_a: SubMesh, sub_b: SubMesh, pairs: int | None
     if link.host_bytes_per_second is not None:
         hosts = min(len(set(owners_a)), len(set(owners_b)), flows)
         bytes_per_second = min(bytes_per_second, hosts * link.host_bytes_per_second.value)
-    return _scaled(link, bytes_per_second / link.bytes_per_second.value)
+    return link.scaled(bytes_per_second / link.bytes_per_second.value)
 
 
 def _inside(cluster: Cluster, submesh: SubMesh) -> None:
@@ -112,22 +113,34 @@ def _inside(cluster: Cluster, submesh: SubMesh) -> None:
         )
 
 
+def _rings(cluster: Cluster, group: range) -> int:
+    """Network cards that the devices of a group use on the host where they use the fewest."""
+    first_of = {}
+    first = 0
+    for index, host in enumerate(cluster.hosts):
+        first_of[index] = first
+        first += host.devices
+    cards: dict[int, set[int]] = {}
+    for device in group:
+        index = cluster.host_of(device)
+        host = cluster.hosts[index]
+        cards.setdefault(index, set()).add((device - first_of[index]) * host.nics // host.devices)
+    return min(len(used) for used in cards.values())
+
+
+def _through_hosts(cluster: Cluster, rings: int, groups: int) -> Link:
+    """The network as one of ``groups`` groups with so many rings sees it; never quicker than the host's own link."""
+    link = cluster.inter_host
+    rate = rings * link.bytes_per_second.value
+    if link.host_bytes_per_second is not None:
+        rate = min(rate, link.host_bytes_per_second.value / groups)
+    if rings > 1:
+        rate = min(rate, *(host.link.bytes_per_second.value for host in cluster.hosts))
+    return link.scaled(rate / link.bytes_per_second.value)
+
+
 def _shared(link: Link, flows: int) -> Link:
     """The link as one of ``flows`` equal flows out of a host sees it."""
     if link.host_bytes_per_second is None:
         return link
-    return _scaled(link, min(1.0, link.host_bytes_per_second.value / flows / link.bytes_per_second.value))
-
-
-def _scaled(link: Link, factor: float) -> Link:
-    """The link with all its bandwidths, the measured ones too, times a factor, and no further cap."""
-    if factor == 1.0:
-        return msgspec.structs.replace(link, host_bytes_per_second=None)
-    fits = {
-        kind: tuple(msgspec.structs.replace(fit, bytes_per_second=fit.bytes_per_second.scaled(factor)) for fit in fits)
-        for kind, fits in link.collectives.items()
-    }
-    bytes_per_second = link.bytes_per_second.scaled(factor)
-    return msgspec.structs.replace(
-        link, bytes_per_second=bytes_per_second, host_bytes_per_second=None, collectives=fits
-    )
+    return link.scaled(min(1.0, link.host_bytes_per_second.value / flows / link.bytes_per_second.value))
