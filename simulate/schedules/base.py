@@ -1,13 +1,16 @@
 """What every schedule is: a rule that orders each mesh's computations, as arrays, and the memory it needs.
 
 A schedule writes each row as letters (F forward, B whole backward, I and W its input- and weight-gradient halves), in
-which every kind counts its own micro-batches: ``letters("FFBFBB", stage=0)`` is 1F1B's ``0F0 0F1 0B0 0F2 0B1 0B2``.
+which forwards and backwards count their micro-batches: ``letters("FFBFBB", stage=0)`` is 1F1B's
+``0F0 0F1 0B0 0F2 0B1 0B2``.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 import numpy as np
+from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from meshwright.errors import ScheduleError
@@ -15,6 +18,8 @@ from meshwright.simulate.program import COMPUTES, Compute
 
 Ints = NDArray[np.int32]
 KINDS = "FBIW"  # a computation's code is its place in this word
+FORWARD, WHOLE, INPUT, WEIGHT = range(len(KINDS))
+CODE_OF_BYTE = np.array([KINDS.find(chr(byte)) for byte in range(256)], np.int32)
 Edges = tuple[tuple[int, int], ...]
 
 
@@ -38,27 +43,62 @@ class Row:
 def letters(text: str, stage: ArrayLike, microbatch: ArrayLike | None = None, joined: ArrayLike = False) -> Row:
     """A row from letters; ``stage`` is one stage or one for each letter.
 
-    Without ``microbatch`` each kind of letter counts its micro-batches from 0 up, for each stage by itself.
+    Without ``microbatch`` each stage counts from 0 up: its forwards, and its backwards, whole (B) and halves (I)
+    together. The k-th W of a stage is the other half of its k-th I.
 
     Raises:
-        ScheduleError: a letter is none of F, B, I and W.
+        ScheduleError: a letter is none of F, B, I and W, or a W has no I before it.
     """
-    codes = np.frombuffer(text.encode(), np.uint8)
-    kind = np.full(len(codes), -1, np.int32)
-    for code, letter in enumerate(KINDS):
-        kind[codes == ord(letter)] = code
+    kind = CODE_OF_BYTE[np.frombuffer(text.encode(), np.uint8)]
     if (kind < 0).any():
         raise ScheduleError(f"{text!r} is no row of a schedule; its letters are F, B, I and W")
     stages = np.ascontiguousarray(np.broadcast_to(np.asarray(stage, np.int32), kind.shape))
     if microbatch is None:
-        numbers = np.empty(len(kind), np.int32)
-        key = stages.astype(np.int64) * len(KINDS) + kind
-        for value in np.unique(key):
-            of_value = key == value
-            numbers[of_value] = np.arange(of_value.sum(), dtype=np.int32)
+        numbers = _counted(kind, stages)
+        if (numbers < 0).any():
+            raise ScheduleError(f"{text!r} has a W before its I; the weight-gradient is the second half of a backward")
     else:
         numbers = np.ascontiguousarray(np.broadcast_to(np.asarray(microbatch, np.int32), kind.shape))
     return Row(kind, stages, numbers, np.ascontiguousarray(np.broadcast_to(np.asarray(joined, bool), kind.shape)))
+
+
+def two_stages(text: str, upper: int, lower: int, microbatches: int) -> Row:
+    """The row of a mesh that holds two stages, one written in upper and one in lower case, cut to what there is.
+
+    A rule that holds from some number of micro-batches on is written for that many and cut to ``microbatches``.
+    """
+    stage = np.where(np.frombuffer(text.encode(), np.uint8) >= ord("a"), lower, upper)
+    return first_microbatches(letters(text.upper(), stage), microbatches)
+
+
+def first_microbatches(row: Row, microbatches: int) -> Row:
+    """The computations of the first micro-batches alone."""
+    kept = row.microbatch < microbatches
+    return row if kept.all() else Row(row.kind[kept], row.stage[kept], row.microbatch[kept], row.joined[kept])
+
+
+@njit(cache=True)
+def _counted(kind: Ints, stage: Ints) -> Ints:
+    """The micro-batch of each computation, as ``letters`` counts them."""
+    stages = stage.max() + 1 if len(stage) else 0
+    forwards, backwards = np.zeros(stages, np.int32), np.zeros(stages, np.int32)
+    numbers = np.empty(len(kind), np.int32)
+    next_half = np.zeros(stages, np.int64)  # where to look for the next I of this stage that has no W yet
+    for i in range(len(kind)):
+        s = stage[i]
+        if kind[i] == FORWARD:
+            numbers[i] = forwards[s]
+            forwards[s] += 1
+        elif kind[i] == WEIGHT:
+            j = next_half[s]
+            while j < i and not (kind[j] == INPUT and stage[j] == s):
+                j += 1
+            numbers[i] = numbers[j] if j < i else -1
+            next_half[s] = j + 1
+        else:
+            numbers[i] = backwards[s]
+            backwards[s] += 1
+    return numbers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +149,34 @@ def in_a_line(rows: Sequence[Row], stages: int | None = None) -> Order:
     return Order(tuple(rows), chain(count), tuple(range(count)))
 
 
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of each stage's forward and of the two halves of its backward, and of a hop from mesh to mesh."""
+
+    forward_seconds: tuple[float, ...]
+    input_seconds: tuple[float, ...]
+    weight_seconds: tuple[float, ...]
+    hop_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        of_stages = (self.forward_seconds, self.input_seconds, self.weight_seconds)
+        if len({len(seconds) for seconds in of_stages}) > 1:
+            raise ScheduleError(
+                f"times of {', '.join(str(len(seconds)) for seconds in of_stages)} stages are given for forward, input "
+                "and weight; as many are needed of each"
+            )
+        for seconds in (*self.forward_seconds, *self.input_seconds, *self.weight_seconds, self.hop_seconds):
+            if not (isfinite(seconds) and seconds >= 0):
+                raise ScheduleError(f"a time of {seconds} seconds is given; a finite one of at least 0 is needed")
+
+    @classmethod
+    def equal(
+        cls, stages: int, forward: float = 1.0, input: float = 1.0, weight: float = 1.0, hop: float = 0.0
+    ) -> "Times":
+        """The same seconds for every stage."""
+        return cls((forward,) * stages, (input,) * stages, (weight,) * stages, hop)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What may be asked of some schedules.
@@ -117,11 +185,13 @@ class Options:
         chunks: stages on each mesh (virtual stages); None is the schedule's own number.
         atomic_pairs: run each overlapped forward–backward pair as one piece instead of one after the other.
         edges: the edges of a graph of stages; None is a chain.
+        times: what the computations take, for schedules that are searched for; None is one second each, hops free.
     """
 
     chunks: int | None = None
     atomic_pairs: bool = False
     edges: Edges | None = None
+    times: Times | None = None
 
 
 NO_OPTIONS = Options()
@@ -157,7 +227,7 @@ class Schedule:
         need_sizes(meshes, microbatches)
         if options.chunks is not None and options.chunks < 1:
             raise ScheduleError(f"{options.chunks} chunks were asked for; at least 1 is needed")
-        for name in ("chunks", "atomic_pairs", "edges"):
+        for name in ("chunks", "atomic_pairs", "edges", "times"):
             if getattr(options, name) not in (None, False) and name not in self.takes:
                 own = name == "chunks" and options.chunks == self.chunks
                 if not own:

@@ -10,11 +10,17 @@ from meshwright.simulate.schedules.base import Options, Order, Schedule, in_a_li
 def one_f_one_b(meshes: int, microbatches: int, options: Options) -> Order:
     """Alternate forward and backward, keeping at most ``meshes - s`` activations on stage s; any M, also M < S."""
 
-    def text(stage: int) -> str:
-        live = live_microbatches(stage, meshes, microbatches)
-        return "F" * (live - 1) + "FB" * (microbatches - live + 1) + "B" * (live - 1)
+    return in_a_line(
+        [
+            letters(alternating(live_microbatches(stage, meshes, microbatches), microbatches), stage)
+            for stage in range(meshes)
+        ]
+    )
 
-    return in_a_line([letters(text(stage), stage) for stage in range(meshes)])
+
+def alternating(live: int, microbatches: int) -> str:
+    """A row that starts its first backward when ``live`` forwards are done and keeps that many activations."""
+    return "F" * (live - 1) + "FB" * (microbatches - live + 1) + "B" * (live - 1)
 
 
 def live_microbatches(stage: int, stages: int, microbatches: int) -> int:
