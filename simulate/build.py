@@ -98,8 +98,10 @@ def build_code(
     return weave(order, order.edges if edges is None else edges, tied, norm=norm, gather=gather)
 
 
-def weave(order: Order, edges: Edges, tied: Edges = (), *, norm: bool = False, gather: bool = False) -> Code:
-    """Put transfers between the computations of an order, and the tail behind them.
+def weave(
+    order: Order, edges: Edges, tied: Edges = (), *, tail: bool = True, norm: bool = False, gather: bool = False
+) -> Code:
+    """Put transfers between the computations of an order, and the tail behind them (unless there shall be none).
 
     Stages of the order that are copies of one stage of the model sum their gradients as tied weights do.
     """
@@ -116,9 +118,9 @@ def weave(order: Order, edges: Edges, tied: Edges = (), *, norm: bool = False, g
         woven = _weave(
             row.kind, row.stage, row.microbatch, row.joined, first_source, flat_sources, first_target, flat_targets
         )
-        tail = tuple(_tail(mesh, mesh_of, users, norm=norm, gather=gather))
-        pieces += [woven, encode((tail,)).table]
-        lengths.append(len(woven) + len(tail))
+        last = tuple(_tail(mesh, mesh_of, users, norm=norm, gather=gather)) if tail else ()
+        pieces += [woven, encode((last,)).table]
+        lengths.append(len(woven) + len(last))
     return Code(np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
 
 

@@ -1,36 +1,45 @@
-"""``meshwright simulate``: predict a plan, or a bare schedule without any model."""
+"""``meshwright simulate``: predict a plan, or a bare schedule or hand-written program without any model."""
 
 import argparse
 import json
 import math
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from meshwright.errors import ScheduleError
-from meshwright.simulate.build import build_program
-from meshwright.simulate.pipeline import PipelineCosts, StageCosts, TransferCost, simulate
-from meshwright.simulate.program import Program, Send, compute_only, word
+from meshwright.simulate.bare import Times, bare_code, equal_costs, play_program
+from meshwright.simulate.code import decode
+from meshwright.simulate.pipeline import simulate
+from meshwright.simulate.program import Program, compute_only, parse, word
+from meshwright.simulate.schedules.base import Options
 from meshwright.simulate.schedules.table import SCHEDULES
 from meshwright.simulate.timeline import Timeline
 
 WRONG_USAGE = 2
 PARTS = ("F", "I", "W")
+PAIRS = ("sequence", "atomic")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``simulate``."""
     parser.add_argument("plan", nargs="?", metavar="PLAN", help="a plan file; or give a bare schedule:")
     parser.add_argument("--schedule", metavar="NAME", help=f"one of {', '.join(SCHEDULES)}")
-    parser.add_argument("--lifo", action="store_true", help="gpipe: backwards from the last micro-batch")
-    parser.add_argument("--stages", type=int, metavar="S", help="number of pipeline stages")
+    parser.add_argument("--stages", type=int, metavar="S", help="number of pipeline stages, each on a device")
     parser.add_argument("--microbatches", type=int, metavar="M", help="number of micro-batches in a step")
+    parser.add_argument("--program", metavar="FILE", help="a program written by hand, as --show prints; - is stdin")
     parser.add_argument(
         "--times",
-        type=stage_seconds,
+        type=stage_times,
         metavar="F=1,I=1,W=1",
-        help="seconds of a stage's forward, input gradient and weight gradient (default: 1 each)",
+        help="seconds of a whole stage's forward, input gradient and weight gradient (default: 1 each)",
     )
     parser.add_argument("--hop", type=seconds, metavar="SECONDS", help="latency between stages (default: 0)")
+    parser.add_argument("--chunks", type=int, metavar="V", help="interleaved, looped-bfs: virtual stages on a device")
+    parser.add_argument("--pair", choices=PAIRS, help="dualpipe: run an overlapped pair in sequence or as one piece")
+    parser.add_argument("--edges", type=stage_edges, metavar="0-1,0-2", help="graph-1f1b: which stage feeds which")
+    parser.add_argument("--lifo", action="store_true", help="gpipe: backwards from the last micro-batch")
     parser.add_argument("--show", action="store_true", help="print the program, one line a device")
     parser.add_argument("--trace", metavar="FILE", help="write a trace for ui.perfetto.dev")
     parser.add_argument("--plot", metavar="FILE", help="write the timeline as a picture (.png, .svg, .pdf)")
@@ -38,14 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Simulate the plan or the schedule that was asked for."""
-    bare = {name: getattr(args, name) for name in ("schedule", "stages", "microbatches")}
+    """Simulate the plan, the schedule or the program that was asked for."""
+    sizes = {name: getattr(args, name) for name in ("schedule", "stages", "microbatches")}
+    choices = ("chunks", "pair", "edges", "lifo")
     if args.plan is not None:
-        mixed = [f"--{name}" for name in (*bare, "times", "hop", "lifo", "show") if getattr(args, name)]
-        return _wrong(f"a plan brings its own schedule; leave out {', '.join(mixed)}") if mixed else run_plan(args)
-    missing = [f"--{name}" for name, value in bare.items() if value is None]
+        mixed = _given(args, (*sizes, "program", "times", "hop", *choices, "show"))
+        return _wrong(f"a plan brings its own schedule; leave out {mixed}") if mixed else run_plan(args)
+    if args.program is not None:
+        mixed = _given(args, (*sizes, *choices))
+        return _wrong(f"a program is a schedule already; leave out {mixed}") if mixed else run_program(args)
+    missing = [f"--{name}" for name, value in sizes.items() if value is None]
     if missing:
-        return _wrong(f"give a PLAN, or for a bare schedule also {', '.join(missing)}")
+        return _wrong(f"give a PLAN or a --program, or for a bare schedule also {', '.join(missing)}")
     return run_schedule(args)
 
 
@@ -64,22 +77,36 @@ def run_schedule(args: argparse.Namespace) -> int:
     if args.lifo and args.schedule != "gpipe":
         raise ScheduleError(f"--lifo is a variant of gpipe, not of {args.schedule}; leave it out")
     name = "gpipe-lifo" if args.lifo else args.schedule
-    times = args.times or dict.fromkeys(PARTS, 1.0)
-    program = build_program(name, args.stages, args.microbatches)
-    timeline = simulate(program, _equal_stages(program, times, args.hop or 0.0))
-    _write(args, timeline, f"{name} · {args.stages} stages · {args.microbatches} micro-batches")
-    rows = [" ".join(map(word, row)) for row in compute_only(program)]
+    options = Options(chunks=args.chunks, atomic_pairs=args.pair == "atomic", edges=args.edges)
+    code, share = bare_code(name, args.stages, args.microbatches, options)
+    timeline = simulate(code, equal_costs(code, args.times or Times(), args.hop or 0.0, share))
+    return _answer(args, timeline, decode(code) if args.show else None, f"{name} · {args.microbatches} micro-batches")
+
+
+def run_program(args: argparse.Namespace) -> int:
+    """Play a program written by hand."""
+    text = sys.stdin.read() if args.program == "-" else Path(args.program).read_text(encoding="utf-8")
+    program = parse(text)
+    if not program:
+        raise ScheduleError(f"{args.program}: there is no instruction in it; write one line a mesh, as in 0F0 0B0")
+    return _answer(args, play_program(program, args.times or Times(), args.hop or 0.0), program, args.program)
+
+
+def _answer(args: argparse.Namespace, timeline: Timeline, program: Program | None, title: str) -> int:
+    _write(args, timeline, title)
+    rows = [" ".join(map(word, row)) for row in compute_only(program)] if program and args.show else []
+    peaks = [round(peak) for peak in timeline.peak_bytes]
     if args.json:
         answer: dict[str, Any] = {
             "makespan_seconds": timeline.makespan_seconds,
             "span_seconds": timeline.span_seconds,
-            "peak_activations": [round(peak) for peak in timeline.peak_bytes],
+            "peak_activations": peaks,
             "bubble_fraction": timeline.bubble_fraction,
         }
         print(json.dumps(answer | {"program": rows} if args.show else answer))
         return 0
     print(describe(timeline))
-    print(f"activations  {' '.join(f'{peak:.0f}' for peak in timeline.peak_bytes)}  (most at once, by device)")
+    print(f"activations  {' '.join(map(str, peaks))}  (most at once, by device)")
     if args.show:
         print("\n".join(f"device {device}: {row}" for device, row in enumerate(rows)))
     return 0
@@ -110,31 +137,28 @@ def seconds(text: str) -> float:
     return number
 
 
-def stage_seconds(text: str) -> dict[str, float]:
+def stage_times(text: str) -> Times:
     """``F=1,I=1,W=1`` → seconds of each part; those left out take 1."""
-    times = dict.fromkeys(PARTS, 1.0)
+    parts = dict.fromkeys(PARTS, 1.0)
     for item in text.split(","):
         name, equals, number = item.partition("=")
         if not equals or name.strip() not in PARTS:
             raise argparse.ArgumentTypeError(f"{item!r} is not one of F=, I=, W= with seconds, as in F=1,I=1,W=1")
-        times[name.strip()] = seconds(number)
-    return times
+        parts[name.strip()] = seconds(number)
+    return Times(parts["F"], parts["I"], parts["W"])
 
 
-def _equal_stages(program: Program, times: dict[str, float], hop_seconds: float) -> PipelineCosts:
-    """One device a stage; a live micro-batch weighs one byte, so that peak bytes count activations."""
-    stages = tuple(
-        StageCosts(
-            devices=(stage,),
-            forward_seconds=times["F"],
-            backward_seconds=times["I"] + times["W"],
-            saved_bytes=1,
-        )
-        for stage in range(len(program))
-    )
-    hop = TransferCost(0.0, hop_seconds)
-    sends = (step for row in program for step in row if isinstance(step, Send))
-    return PipelineCosts(stages, {(send.stage, send.target, send.what): hop for send in sends})
+def stage_edges(text: str) -> tuple[tuple[int, int], ...]:
+    """``0-1,0-2`` → pairs of stages."""
+    pairs = [re.fullmatch(r"\s*(\d+)-(\d+)\s*", item) for item in text.split(",")]
+    if None in pairs:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of edges between stages, as in 0-1,0-2,1-3,2-3")
+    return tuple((int(pair[1]), int(pair[2])) for pair in pairs if pair)
+
+
+def _given(args: argparse.Namespace, names: tuple[str, ...]) -> str:
+    """Those of the options that the user gave, as a list for the eye."""
+    return ", ".join(f"--{name}" for name in names if getattr(args, name) not in (None, False))
 
 
 def _write(args: argparse.Namespace, timeline: Timeline, title: str) -> None:

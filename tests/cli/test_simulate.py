@@ -59,7 +59,7 @@ def test_trace_and_picture_are_written(capsys: pytest.CaptureFixture[str], tmp_p
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "give a PLAN, or for a bare schedule also --schedule, --stages, --microbatches"),
+        ([], 2, "give a PLAN or a --program, or for a bare schedule also --schedule, --stages, --microbatches"),
         (["--schedule", "1f1b"], 2, "also --stages, --microbatches"),
         (["plan.json", "--schedule", "1f1b"], 2, "leave out --schedule"),
         ([*BARE[1:], "--times", "F=1,Q=2"], 2, "'Q=2' is not one of F=, I=, W="),
