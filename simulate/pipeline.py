@@ -20,6 +20,7 @@ from meshwright.simulate.timeline import CriticalStep, Event, Lazy, Spans, Timel
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Index = NDArray[np.int32]
+Resources = tuple[Ints, Ints, list[tuple[float, ...]]]
 
 __all__ = ["PipelineCosts", "StageCosts", "TransferCost", "compiled_schedule", "simulate"]
 
@@ -112,6 +113,11 @@ class Numbers:
         latency[self.compiled.stages * KIND_COUNT :] = [cost.latency_seconds for cost in self.transfers]
         return latency
 
+    @cached_property
+    def resources(self) -> Resources | None:
+        """The shared resource of each task, its demand there, and the rates of all; None: nothing is shared."""
+        return _resources(self.compiled, self.costs)
+
     def check(self) -> None:
         """Raise ``ScheduleError`` where a backward is split of which no halves are known."""
         if not np.isnan(self.slot_seconds).any():
@@ -133,22 +139,32 @@ def _run(numbers: Numbers) -> tuple[Floats, Floats]:
     """Start and end of all tasks; with nothing shared, by one pass in the order that was found when compiling."""
     compiled = numbers.compiled
     numbers.check()
-    resource, demand, rates = _resources(compiled, numbers.costs)
-    if resource is None:
-        return _in_order(
-            compiled.order,
-            compiled.before,
-            compiled.need,
-            compiled.need_slot,
-            compiled.slot,
-            numbers.slot_seconds,
-            numbers.slot_latency_seconds,
-        )
+    if numbers.resources is not None:
+        return run_sharing(numbers, numbers.resources)
+    return _in_order(
+        compiled.order,
+        compiled.before,
+        compiled.need,
+        compiled.need_slot,
+        compiled.slot,
+        numbers.slot_seconds,
+        numbers.slot_latency_seconds,
+    )
+
+
+def run_sharing(numbers: Numbers, resources: Resources, factor: Floats | None = None) -> tuple[Floats, Floats]:
+    """Start and end of all tasks on the event queue; with ``factor``, each is that many times as long as predicted."""
+    compiled = numbers.compiled
     start, origin, slot = compiled.edges
+    duration = numbers.slot_seconds[compiled.slot]
+    latency = np.where(slot < 0, 0.0, numbers.slot_latency_seconds[slot])
+    if factor is not None:
+        duration, latency = duration * factor, latency * factor[origin]
+    resource, demand, rates = resources
     tasks = make_tasks(
-        numbers.slot_seconds[compiled.slot],
+        duration,
         compiled.executor,
-        edges=(start, origin, np.where(slot < 0, 0.0, numbers.slot_latency_seconds[slot])),
+        edges=(start, origin, latency),
         resource=resource,
         demand=demand,
         resource_rates=rates,
@@ -173,7 +189,7 @@ def _in_order(
     return start, end
 
 
-def _resources(compiled: Compiled, costs: PipelineCosts) -> tuple[Ints | None, Ints | None, list[tuple[float, ...]]]:
+def _resources(compiled: Compiled, costs: PipelineCosts) -> Resources | None:
     """The shared resource of each task (cores first, then links), its demand there, and the rates of all.
 
     Cores matter if using all of them slows anything; a link, if two channels name it. A mesh whose devices stand on
@@ -199,7 +215,7 @@ def _resources(compiled: Compiled, costs: PipelineCosts) -> tuple[Ints | None, I
             if TransferCost(*costs.transfers[key]).link == link:
                 resource[compiled.slot == compiled.stages * KIND_COUNT + t] = len(rates)
         rates.append((1.0,))
-    return (resource, demand, rates) if rates else (None, None, [])
+    return (resource, demand, rates) if rates else None
 
 
 def _mesh_devices(compiled: Compiled, costs: PipelineCosts) -> tuple[tuple[int, ...], ...]:
