@@ -1,11 +1,11 @@
 """Schedules and hand-written programs over equal stages: no model, no cluster, only times.
 
->>> timeline = play("1f1b", stages=4, microbatches=8, times=Times(1, 1, 1))
+>>> timeline = play("1f1b", stages=4, microbatches=8, times=StageTimes(1, 1, 1))
 >>> timeline.makespan_seconds, timeline.peak_bytes
 (33.0, (4.0, 3.0, 2.0, 1.0))
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isfinite
 
@@ -17,14 +17,14 @@ from meshwright.simulate.code import KIND, MICROBATCH, OTHER, SEND, STAGE, WHAT,
 from meshwright.simulate.costs import PipelineCosts, StageCosts, TransferCost
 from meshwright.simulate.pipeline import simulate
 from meshwright.simulate.program import Program, Receive, Send, compute_only
-from meshwright.simulate.schedules.base import NO_OPTIONS, Options, Row, chain, in_a_line
+from meshwright.simulate.schedules.base import NO_OPTIONS, Options, Row, Times, chain, in_a_line
 from meshwright.simulate.schedules.table import find_schedule
 from meshwright.simulate.timeline import Timeline
 from meshwright.simulate.verify import verify
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
+class StageTimes:
     """Seconds of a whole stage's forward, input gradient and weight gradient; an unsplit backward is both halves."""
 
     forward_seconds: float = 1.0
@@ -37,14 +37,14 @@ class Times:
                 raise ScheduleError(f"{name} is {getattr(self, name)}; a finite number of at least 0 is needed")
 
 
-UNIT_TIMES = Times()
+UNIT_TIMES = StageTimes()
 
 
 def play(
     schedule: str,
     stages: int,
     microbatches: int,
-    times: Times = UNIT_TIMES,
+    times: StageTimes = UNIT_TIMES,
     hop_seconds: float = 0.0,
     options: Options = NO_OPTIONS,
 ) -> Timeline:
@@ -59,18 +59,31 @@ def play(
     Raises:
         ScheduleError: the schedule is unknown, or its rule does not hold for these sizes.
     """
-    code, share = bare_code(schedule, stages, microbatches, options)
+    code, share = bare_code(schedule, stages, microbatches, times, hop_seconds, options)
     return simulate(code, equal_costs(code, times, hop_seconds, share))
 
 
-def bare_code(schedule: str, stages: int, microbatches: int, options: Options = NO_OPTIONS) -> tuple[Code, float]:
-    """The program of a bare schedule without a tail, and each of its stages' share of a device's times."""
+def bare_code(
+    schedule: str,
+    stages: int,
+    microbatches: int,
+    times: StageTimes = UNIT_TIMES,
+    hop_seconds: float = 0.0,
+    options: Options = NO_OPTIONS,
+) -> tuple[Code, float]:
+    """The program of a bare schedule without a tail, and each of its stages' share of a device's times.
+
+    The times matter only to schedules that are searched for (zb-1p, zb-2p).
+    """
     rule = find_schedule(schedule)
+    if "times" in rule.takes and options.times is None:
+        parts = (times.forward_seconds, times.input_seconds, times.weight_seconds)
+        options = replace(options, times=Times.equal(stages, *parts, hop=hop_seconds))
     order = rule.make(stages, microbatches, options)
     return weave(order, order.edges, tail=False), stages * rule.replicas / order.stages
 
 
-def play_program(program: Program, times: Times = UNIT_TIMES, hop_seconds: float = 0.0) -> Timeline:
+def play_program(program: Program, times: StageTimes = UNIT_TIMES, hop_seconds: float = 0.0) -> Timeline:
     """A program written by hand (``program.parse``), proved right first; each of its stages takes these times.
 
     Where it names no transfer at all, its stages are taken for a chain and the transfers are put in.
@@ -100,7 +113,7 @@ def _chained(program: Program) -> Program:
     return decode(weave(in_a_line(rows, stages), chain(stages), tail=False))
 
 
-def equal_costs(code: Code, times: Times, hop_seconds: float = 0.0, share: float = 1.0) -> PipelineCosts:
+def equal_costs(code: Code, times: StageTimes, hop_seconds: float = 0.0, share: float = 1.0) -> PipelineCosts:
     """One device a mesh; every stage takes a share of the times, and a live micro-batch weighs one byte."""
     if not (isfinite(hop_seconds) and hop_seconds >= 0):
         raise ScheduleError(f"hop_seconds is {hop_seconds}; a finite number of at least 0 is needed")

@@ -30,6 +30,7 @@ def verify(
     *,
     copies: Sequence[int] | None = None,
     mesh_devices: Sequence[Sequence[int]] | None = None,
+    most_live: Sequence[int] | None = None,
 ) -> None:
     """Return if the program is right, and say what is wrong if it is not.
 
@@ -38,13 +39,16 @@ def verify(
     its payload and has one ``Receive``, which precedes the computation that needs it; every micro-batch crosses the
     same edges, cotangents only where activations went; on one mesh the stages of an edge run in its order; ``Reduce``
     follows all backwards, ``Update`` follows ``Reduce`` and ``Gather`` follows ``Update``; no device has two rows, so
-    that the collectives of each device have one order; and all rows, run together, reach their ends.
+    that the collectives of each device have one order; no mesh holds more activations than it may; and all rows, run
+    together, reach their ends.
 
     Args:
         edges: if given, the (source, target) pairs of stages that activations must cross, no more and no fewer.
         copies: if given, the stage of the model that each stage is a replica of; the replicas of a stage share the
             micro-batches among them. Otherwise every stage runs all.
         mesh_devices: if given, the devices of each row.
+        most_live: if given, how many activations each mesh may hold at once, each from its forward to the end of its
+            backward or weight-gradient.
 
     Raises:
         ScheduleError: the first violation found, in the words of the program's text form.
@@ -57,6 +61,9 @@ def verify(
     _tail(program, place)
     if mesh_devices is not None:
         _one_row_a_device(program, mesh_devices)
+    if most_live is not None:
+        for mesh, (row, most) in enumerate(zip(program, most_live, strict=True)):
+            _within(mesh, row, most)
     refuse_deadlock(program)
 
 
@@ -205,6 +212,17 @@ def _one_row_a_device(program: Program, mesh_devices: Sequence[Sequence[int]]) -
                 raise ScheduleError(
                     f"device {device} is in mesh {owner[device]} and in mesh {mesh}: its collectives have no one order"
                 )
+
+
+def _within(mesh: int, row: Sequence[Instruction], most: int) -> None:
+    live = 0
+    for step in row:
+        if isinstance(step, Forward):
+            live += 1
+            if live > most:
+                raise ScheduleError(f"mesh {mesh} holds {live} activations from {word(step)} on; it may hold {most}")
+        elif isinstance(step, Backward | BackwardWeight):
+            live -= 1
 
 
 def _tail(program: Program, place: Place) -> None:

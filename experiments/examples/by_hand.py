@@ -5,7 +5,7 @@ GPipe and holds fewer activations on the second device. An order that cannot run
 """
 
 from meshwright.errors import ScheduleError
-from meshwright.simulate.bare import Times, play_program
+from meshwright.simulate.bare import StageTimes, play_program
 from meshwright.simulate.program import parse
 
 PROGRAMS = {
@@ -21,7 +21,9 @@ PROGRAMS = {
 }
 
 for name, text in PROGRAMS.items():
-    timeline = play_program(parse(text), Times(forward_seconds=1, input_seconds=1, weight_seconds=1), hop_seconds=0.25)
+    timeline = play_program(
+        parse(text), StageTimes(forward_seconds=1, input_seconds=1, weight_seconds=1), hop_seconds=0.25
+    )
     held = ", ".join(f"{peak:.0f}" for peak in timeline.peak_bytes)
     print(
         f"{name:6} {timeline.makespan_seconds:5.2f} s, bubble {timeline.bubble_fraction:5.1%}, activations held {held}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.errors import ScheduleError
-from meshwright.simulate.bare import Times, bare_code, equal_costs, play_program
+from meshwright.simulate.bare import StageTimes, bare_code, equal_costs, play_program
 from meshwright.simulate.code import decode
 from meshwright.simulate.pipeline import simulate
 from meshwright.simulate.program import Program, compute_only, parse, word
@@ -78,8 +78,9 @@ def run_schedule(args: argparse.Namespace) -> int:
         raise ScheduleError(f"--lifo is a variant of gpipe, not of {args.schedule}; leave it out")
     name = "gpipe-lifo" if args.lifo else args.schedule
     options = Options(chunks=args.chunks, atomic_pairs=args.pair == "atomic", edges=args.edges)
-    code, share = bare_code(name, args.stages, args.microbatches, options)
-    timeline = simulate(code, equal_costs(code, args.times or Times(), args.hop or 0.0, share))
+    times, hop_seconds = args.times or StageTimes(), args.hop or 0.0
+    code, share = bare_code(name, args.stages, args.microbatches, times, hop_seconds, options)
+    timeline = simulate(code, equal_costs(code, times, hop_seconds, share))
     return _answer(args, timeline, decode(code) if args.show else None, f"{name} · {args.microbatches} micro-batches")
 
 
@@ -89,7 +90,7 @@ def run_program(args: argparse.Namespace) -> int:
     program = parse(text)
     if not program:
         raise ScheduleError(f"{args.program}: there is no instruction in it; write one line a mesh, as in 0F0 0B0")
-    return _answer(args, play_program(program, args.times or Times(), args.hop or 0.0), program, args.program)
+    return _answer(args, play_program(program, args.times or StageTimes(), args.hop or 0.0), program, args.program)
 
 
 def _answer(args: argparse.Namespace, timeline: Timeline, program: Program | None, title: str) -> int:
@@ -137,7 +138,7 @@ def seconds(text: str) -> float:
     return number
 
 
-def stage_times(text: str) -> Times:
+def stage_times(text: str) -> StageTimes:
     """``F=1,I=1,W=1`` → seconds of each part; those left out take 1."""
     parts = dict.fromkeys(PARTS, 1.0)
     for item in text.split(","):
@@ -145,7 +146,7 @@ def stage_times(text: str) -> Times:
         if not equals or name.strip() not in PARTS:
             raise argparse.ArgumentTypeError(f"{item!r} is not one of F=, I=, W= with seconds, as in F=1,I=1,W=1")
         parts[name.strip()] = seconds(number)
-    return Times(parts["F"], parts["I"], parts["W"])
+    return StageTimes(parts["F"], parts["I"], parts["W"])
 
 
 def stage_edges(text: str) -> tuple[tuple[int, int], ...]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from meshwright.errors import ScheduleError
 from meshwright.simulate import bare
-from meshwright.simulate.bare import Times, play, play_program
+from meshwright.simulate.bare import StageTimes, play, play_program
 from meshwright.simulate.build import build_program
 from meshwright.simulate.program import Program, compute_only, parse, show
 from meshwright.simulate.schedules.base import Options
@@ -25,7 +25,7 @@ def test_the_example_of_the_module_holds() -> None:
 @settings(max_examples=40, deadline=None)
 def test_gpipe_takes_its_closed_form(stages: int, microbatches: int, f: int, i: int, hop: int) -> None:
     """(M + S - 1)(F + I + W) + 2(S - 1)c, in quarters of a second, so that nothing is rounded."""
-    timeline = play("gpipe", stages, microbatches, Times(f / 4, i / 4, 0.5), hop / 4)
+    timeline = play("gpipe", stages, microbatches, StageTimes(f / 4, i / 4, 0.5), hop / 4)
     expected = (microbatches + stages - 1) * (f / 4 + i / 4 + 0.5) + 2 * (stages - 1) * hop / 4
     assert timeline.makespan_seconds == expected
 
@@ -41,7 +41,7 @@ def test_the_rows_alone_are_enough(schedule: str) -> None:
 
 def test_a_split_backward_frees_its_activations_with_the_weight_gradient() -> None:
     """F F I I W W holds two micro-batches until the first W ends."""
-    timeline = play_program(parse("0F0 0F1 0I0 0I1 0W0 0W1"), Times(1, 2, 4))
+    timeline = play_program(parse("0F0 0F1 0I0 0I1 0W0 0W1"), StageTimes(1, 2, 4))
     assert timeline.makespan_seconds == 14
     assert timeline.live_bytes[0][-3:] == ((10.0, 1.0), (10.0, 1.0), (14.0, 0.0))
 
@@ -100,7 +100,7 @@ def test_a_right_program_with_two_words_exchanged_is_played_or_refused(
     row[i], row[j] = row[j], row[i]
     program: Program = tuple(map(tuple, rows))
     try:
-        timeline = play_program(program, Times(1, 1, 1), 0.5)
+        timeline = play_program(program, StageTimes(1, 1, 1), 0.5)
     except ScheduleError:
         return
     assert timeline.makespan_seconds >= microbatches * 3

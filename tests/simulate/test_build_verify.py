@@ -1,16 +1,22 @@
 """Programs that are built verify; programs that are broken do not, and the message says where."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from meshwright.errors import ScheduleError
-from meshwright.simulate.build import build_program
+from meshwright.simulate.bare import play
+from meshwright.simulate.build import build_program, weave
+from meshwright.simulate.code import decode
 from meshwright.simulate.program import Program, Update, parse
+from meshwright.simulate.schedules.base import Options
 from meshwright.simulate.schedules.table import SCHEDULES
 from meshwright.simulate.verify import verify
 
 GOOD = build_program("1f1b", 2, 2, tied=[(0, 1)])
+
+
+CHAINS = ("1f1b", "eager-1f1b", "gpipe", "gpipe-lifo", "graph-1f1b", "zb-h1", "zb-h2")  # a stage a mesh
 
 
 @settings(max_examples=60, deadline=None)
@@ -21,15 +27,40 @@ def test_every_program_over_every_dag_with_every_tie_is_right(data: st.DataObjec
     chosen = st.lists(st.sampled_from(pairs), unique=True) if pairs else st.just([])
     edges = data.draw(chosen)
     tied = [pair if data.draw(st.booleans()) else pair[::-1] for pair in data.draw(chosen)]
-    program = build_program(
-        data.draw(st.sampled_from(sorted(SCHEDULES))), stages, data.draw(st.integers(1, 7)), edges, tied
+    norm, gather = data.draw(st.booleans()), data.draw(st.booleans())
+    schedule, microbatches = data.draw(st.sampled_from(CHAINS)), data.draw(st.integers(1, 7))
+    verify(build_program(schedule, stages, microbatches, edges, tied, norm=norm, gather=gather), edges)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 6), st.integers(1, 16), st.booleans())
+def test_every_schedule_is_right_wherever_its_rule_holds(name: str, meshes: int, m: int, atomic: bool) -> None:
+    """Each computation once, in order, matched, free of deadlock with its transfers and its tail in place."""
+    rule = SCHEDULES[name]
+    try:
+        order = rule.make(meshes, m, Options(atomic_pairs=atomic and "atomic_pairs" in rule.takes))
+    except ScheduleError as refusal:
+        assume("\n" not in str(refusal) and str(m) in str(refusal))
+        return
+    program = decode(weave(order, order.edges, norm=True, gather=True))
+    peaks = [round(peak) for peak in play(name, meshes, m).peak_bytes] if not atomic else None
+    verify(
+        program,
+        order.edges,
+        copies=order.copies,
+        mesh_devices=[(mesh,) for mesh in range(meshes)],
+        most_live=peaks,
     )
-    verify(program, edges)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_default_is_a_chain(schedule: str) -> None:
-    verify(build_program(schedule, 4, 6), edges=[(0, 1), (1, 2), (2, 3)])
+def test_a_mesh_that_holds_too_much_is_named() -> None:
+    with pytest.raises(ScheduleError, match="mesh 0 holds 2 activations from 0F1 on; it may hold 1"):
+        verify(GOOD, most_live=(1, 1))
+
+
+def test_a_device_of_two_rows_has_no_order_of_collectives() -> None:
+    with pytest.raises(ScheduleError, match="device 3 is in mesh 0 and in mesh 1"):
+        verify(GOOD, mesh_devices=[(2, 3), (3, 4)])
 
 
 def test_without_any_one_of_its_words_a_program_is_wrong() -> None:
