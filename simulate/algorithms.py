@@ -32,7 +32,7 @@ class Algorithm:
     """``hops(n)`` one after another; ``share(n)`` bytes that the busiest rank sends in all for each byte of the array.
 
     A ``pipelined`` algorithm cuts the array into as many chunks as pay off. With k chunks of s/k it needs hops + k - 1
-    steps, (hops + k - 1)(alpha + s/k); the best k makes that (sqrt((hops - 1) alpha) + sqrt(s))^2 [S, section 2].
+    steps, (hops + k - 1)(alpha + s/k), least at k = sqrt((hops - 1) s / alpha) [S, section 2].
     """
 
     hops: Callable[[int], int]
@@ -43,10 +43,10 @@ class Algorithm:
         """Latency and wire time on links that all ranks have alike."""
         hops = self.hops(ranks)
         wire_seconds = self.share(ranks) * message_bytes / bytes_per_second
-        if not self.pipelined:
+        if not self.pipelined or latency_seconds == 0:
             return Parts(hops * latency_seconds, wire_seconds)
-        fill = (hops - 1) * latency_seconds
-        return Parts(latency_seconds + fill + 2 * math.sqrt(fill * wire_seconds), wire_seconds)
+        chunks = max(1.0, math.sqrt((hops - 1) * wire_seconds / latency_seconds))
+        return Parts((hops - 1 + chunks) * latency_seconds + (hops - 1) * wire_seconds / chunks, wire_seconds)
 
 
 def _rounds(ranks: int) -> int:
