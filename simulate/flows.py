@@ -124,8 +124,9 @@ def _group(
     members = _members(net, devices)
     if groups_at_once < 1:
         raise ClusterError(f"{groups_at_once} groups at once were asked for; at least 1 is needed")
+    nothing = collective_parts(kind, 0.0, len(devices), net.cluster.inter_host)  # refuses an unknown kind, too
     if len(devices) == 1 or message_bytes == 0:
-        return collective_parts(kind, 0.0, len(devices), net.cluster.inter_host), {}
+        return nothing, {}
     if len(members) == 1:
         return _in_host(net, members, kind, message_bytes, groups_at_once, dtype)
     sizes = {len(group) for group in members.values()}
