@@ -1,6 +1,8 @@
 """Sampled steps against closed forms: sums of lognormals, stragglers by hand, and no variability at all."""
 
+import re
 from math import exp, expm1, sqrt
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -253,3 +255,17 @@ def test_what_the_program_does_not_have_is_refused() -> None:
         sample_steps(program, costs, Variability(host_jitter=0.1, hosts=(range(8),)))
     with pytest.raises(ScheduleError, match=r"the most is 1e\+10, so ask for at most"):
         sample_steps(*pipeline(microbatches=100), Variability(), samples=10**7)
+
+
+def test_the_documentation_prints_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "variability.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```)?", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 4
+    for code, shown in blocks:
+        exec(code, names)
+        assert capsys.readouterr().out == shown
+    assert (tmp_path / "variability.png").stat().st_size > 0
