@@ -78,7 +78,7 @@ def bare_code(
     rule = find_schedule(schedule)
     if "times" in rule.takes and options.times is None:
         parts = (times.forward_seconds, times.input_seconds, times.weight_seconds)
-        options = replace(options, times=Times.equal(stages, *parts, hop=hop_seconds))
+        options = replace(options, times=Times.equal(stages, *parts, hop_seconds=hop_seconds))
     order = rule.make(stages, microbatches, options)
     return weave(order, order.edges, tail=False), stages * rule.replicas / order.stages
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -11,6 +12,7 @@ from meshwright.errors import ScheduleError
 from meshwright.simulate.build import build_code
 from meshwright.simulate.code import KIND, RECEIVE, SEND, STAGE, Code, Table
 from meshwright.simulate.compiled import KIND_COUNT, Compiled, compile_program
+from meshwright.simulate.contention import Loads, overfull, transfer_loads
 from meshwright.simulate.costs import PipelineCosts, StageCosts, TransferCost
 from meshwright.simulate.engine import NOBODY, make_tasks, run_tasks
 from meshwright.simulate.live import live_memory, peak_parts
@@ -93,7 +95,21 @@ class Numbers:
                     f"{key.target} has no cost; add it to the transfers"
                 )
             found.append(TransferCost(*cost))
+        numbers = np.array([(cost.wire_seconds, cost.latency_seconds, cost.buffer_bytes, cost.bytes) for cost in found])
+        if not (np.isfinite(numbers).all() and (numbers >= 0).all()):
+            wrong = int((~np.isfinite(numbers) | (numbers < 0)).any(axis=1).argmax())
+            key = self.compiled.transfers[wrong]
+            raise ScheduleError(
+                f"the {key.what} from stage {key.source} to stage {key.target} costs {found[wrong]}; finite numbers of "
+                "at least 0 are needed"
+            )
         return tuple(found)
+
+    @cached_property
+    def loads(self) -> Loads | None:
+        """What the transfers ask of links; None: they can never fill one together."""
+        links = self.costs.link_bytes_per_second
+        return transfer_loads(self.compiled, self.transfers, links) if links else None
 
     @cached_property
     def slot_seconds(self) -> Floats:
@@ -141,7 +157,7 @@ def _run(numbers: Numbers) -> tuple[Floats, Floats]:
     numbers.check()
     if numbers.resources is not None:
         return run_sharing(numbers, numbers.resources)
-    return _in_order(
+    start, end = _in_order(
         compiled.order,
         compiled.before,
         compiled.need,
@@ -150,9 +166,12 @@ def _run(numbers: Numbers) -> tuple[Floats, Floats]:
         numbers.slot_seconds,
         numbers.slot_latency_seconds,
     )
+    if numbers.loads is not None and overfull(compiled, numbers.loads, start, end):
+        return run_sharing(numbers, numbers.resources)
+    return start, end
 
 
-def run_sharing(numbers: Numbers, resources: Resources, factor: Floats | None = None) -> tuple[Floats, Floats]:
+def run_sharing(numbers: Numbers, resources: Resources | None, factor: Floats | None = None) -> tuple[Floats, Floats]:
     """Start and end of all tasks on the event queue; with ``factor``, each is that many times as long as predicted."""
     compiled = numbers.compiled
     start, origin, slot = compiled.edges
@@ -160,7 +179,7 @@ def run_sharing(numbers: Numbers, resources: Resources, factor: Floats | None = 
     latency = np.where(slot < 0, 0.0, numbers.slot_latency_seconds[slot])
     if factor is not None:
         duration, latency = duration * factor, latency * factor[origin]
-    resource, demand, rates = resources
+    resource, demand, rates = resources or (None, None, ())
     tasks = make_tasks(
         duration,
         compiled.executor,
@@ -168,9 +187,32 @@ def run_sharing(numbers: Numbers, resources: Resources, factor: Floats | None = 
         resource=resource,
         demand=demand,
         resource_rates=rates,
+        **_flows(numbers, duration),
     )
     run = run_tasks(tasks)
     return run.start_seconds, run.end_seconds
+
+
+def _flows(numbers: Numbers, duration: Floats) -> dict[str, Any]:
+    """The transfers that load links, as the engine's flows: alone each takes its own seconds."""
+    loads, compiled = numbers.loads, numbers.compiled
+    if loads is None:
+        return {}
+    transfer = np.where(compiled.slot >= compiled.stages * KIND_COUNT, compiled.slot - compiled.stages * KIND_COUNT, -1)
+    count = np.where(transfer < 0, 0, loads.first[transfer + 1] - loads.first[transfer])
+    moves = (count > 0) & (duration > 0)
+    count = np.where(moves, count, 0)
+    first = np.concatenate([[0], np.cumsum(count)])
+    entry = np.repeat(loads.first[transfer] - first[:-1], count) + np.arange(first[-1])
+    rate = np.array([cost.bytes / cost.wire_seconds if cost.wire_seconds else np.inf for cost in numbers.transfers])
+    alone = np.where(moves, rate[transfer], 0.0)
+    return {
+        "flow_bytes": alone * duration,
+        "flow_links": (first, loads.links[entry]),
+        "flow_weights": loads.weight[entry],
+        "flow_bytes_per_second": np.where(moves, alone, np.inf),
+        "link_bytes_per_second": loads.capacity,
+    }
 
 
 @njit(cache=True)
