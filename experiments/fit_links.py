@@ -90,7 +90,8 @@ def aiconfigurator_curves(data: Path) -> list[Curve]:
 def vtrain_curves(data: Path) -> list[Curve]:
     """All-reduces of 1 MiB to 1 GiB in steps of 1 MiB: large sizes, which gradients have, weigh most.
 
-    On 8 V100 time drops at 14 MiB, where NCCL leaves the tree for the ring; no least of lines can, so one end must give.
+    On 8 V100 the time drops at 14 MiB, where NCCL leaves the tree for the ring; no least of lines does, so the small
+    sizes give way.
     """
     found: dict[tuple[str, str, str, str, int], list[tuple[float, float]]] = defaultdict(list)
     for row in _table(data / "collectives" / "nccl_other.csv.gz"):

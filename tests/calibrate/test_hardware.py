@@ -38,7 +38,7 @@ def put(data: dict[str, Any], path: str, value: object) -> None:
 
 
 def test_the_five_machines_of_the_contract_are_shipped() -> None:
-    assert shipped_machines() == ("cpu", "dgx-a100", "dgx-h100", "h100", "p3.16xlarge")
+    assert shipped_machines() == ("cpu", "dgx-a100", "dgx-h100", "dgx-h200", "h100", "p3.16xlarge")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_count_is_of_hosts_and_for_shared_cores_of_devices(spec: str, hosts: i
     ("spec", "says"),
     [
         ("dgxa100:2", "did you mean 'dgx-a100'"),
-        ("abacus", "Shipped are cpu, dgx-a100, dgx-h100, h100, p3.16xlarge"),
+        ("abacus", "Shipped are cpu, dgx-a100, dgx-h100, dgx-h200, h100, p3.16xlarge"),
         ("", "Shipped are"),
         ("cpu:0", "use a whole number, as in cpu:2"),
         ("cpu:-1", "use a whole number"),
