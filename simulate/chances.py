@@ -68,13 +68,13 @@ def sample_all(seed: np.uint64, samples: int, step: Step, chances: Chances) -> t
 @njit(cache=True)
 def factors(seed: np.uint64, sample: int, step: Step, chances: Chances) -> Floats:
     """How many times as long as predicted each task of one sample takes."""
-    by_slot = _slot_factors(seed, sample, chances)
-    count = len(step.slot)
+    by_slot, jitter, slot = _slot_factors(seed, sample, chances), chances.slot_jitter, step.slot
+    count = len(slot)
     factor = np.empty(count)
     for first in range(0, count, 2):  # normal numbers come in pairs
         second = min(first + 1, count - 1)
-        jitters = chances.slot_jitter[step.slot[first]], chances.slot_jitter[step.slot[second]]
-        factor[first], factor[second] = by_slot[step.slot[first]], by_slot[step.slot[second]]
+        jitters = jitter[slot[first]], jitter[slot[second]]
+        factor[first], factor[second] = by_slot[slot[first]], by_slot[slot[second]]
         if jitters[0] > 0 or jitters[1] > 0:
             normal = normals(seed, sample, TASK, first // 2)
             factor[first] *= lognormal(jitters[0], normal[0])
@@ -113,30 +113,28 @@ def _slot_factors(seed: np.uint64, sample: int, chances: Chances) -> Floats:
 @njit(cache=True)
 def _times(step: Step, factor: Floats) -> tuple[Floats, Floats]:
     """Start and end of each task with nothing shared: what ``simulate`` does, every number times its factor."""
-    start, end = np.empty(len(step.order)), np.empty(len(step.order))
+    before, need, need_slot, slot = step.before, step.need, step.need_slot, step.slot
+    seconds, latency = step.slot_seconds, step.slot_latency_seconds
+    start, end = np.empty(len(slot)), np.empty(len(slot))
     for task in step.order:
-        begin = max(_free(step, end, task), _arrival(step, end, factor, task))
-        start[task], end[task] = begin, begin + step.slot_seconds[step.slot[task]] * factor[task]
+        free, arrival = _moments(end, before[task], need[task], need_slot[task], latency, factor)
+        begin = max(free, arrival)
+        start[task], end[task] = begin, begin + seconds[slot[task]] * factor[task]
     return start, end
 
 
 @njit(cache=True)
-def _free(step: Step, end: Floats, task: int) -> float:
-    """When the executor of a task is free for it."""
-    free: float = end[step.before[task]] if step.before[task] >= 0 else 0.0
-    return free
-
-
-@njit(cache=True)
-def _arrival(step: Step, end: Floats, factor: Floats, task: int) -> float:
-    """When what a task needs from another is there."""
-    need, slot = step.need[task], step.need_slot[task]
-    if need < 0:
-        return 0.0
-    arrival: float = end[need]
-    if slot >= 0:
-        arrival += step.slot_latency_seconds[slot] * factor[need]
-    return arrival
+def _moments(
+    end: Floats, before: int, need: int, need_slot: int, latency: Floats, factor: Floats
+) -> tuple[float, float]:
+    """When the executor of a task is free for it, and when what it needs from another task is there."""
+    free = end[before] if before >= 0 else 0.0
+    arrival = 0.0
+    if need >= 0:
+        arrival = end[need]
+        if need_slot >= 0:
+            arrival += latency[need_slot] * factor[need]
+    return free, arrival
 
 
 @njit(cache=True)
@@ -145,23 +143,23 @@ def judge(step: Step, start: Floats, end: Floats, factor: Floats, occupied: Floa
 
     The critical path goes back from the last end to whatever let each task start, its executor where both did.
     """
+    before, need, need_slot, mesh = step.before, step.need, step.need_slot, step.mesh
+    works, occupies, latency = step.works, step.occupies, step.slot_latency_seconds
     makespan, task = 0.0, -1
     for i in range(len(end)):
-        if step.occupies[i]:
-            occupied[step.mesh[i]] += end[i] - start[i]
+        if occupies[i]:
+            occupied[mesh[i]] += end[i] - start[i]
         if end[i] > makespan:
             makespan, task = end[i], i
     on_path = np.zeros(step.meshes)
     while task >= 0:
-        if step.works[task]:
-            on_path[step.mesh[task]] += end[task] - start[task]
-        if _arrival(step, end, factor, task) > _free(step, end, task):
-            task = step.need[task]
-        else:
-            task = step.before[task]
+        if works[task]:
+            on_path[mesh[task]] += end[task] - start[task]
+        free, arrival = _moments(end, before[task], need[task], need_slot[task], latency, factor)
+        task = need[task] if arrival > free else before[task]
     critical = -1
     most = 0.0
-    for mesh in range(step.meshes):
-        if on_path[mesh] > most:
-            critical, most = mesh, on_path[mesh]
+    for candidate in range(step.meshes):
+        if on_path[candidate] > most:
+            critical, most = candidate, on_path[candidate]
     return makespan, critical
