@@ -60,7 +60,7 @@ def sample_all(seed: np.uint64, samples: int, step: Step, chances: Chances) -> t
     occupied = np.zeros((samples, step.meshes))
     for sample in prange(samples):
         factor = factors(seed, sample, step, chances)
-        start, end = _times(step, factor)
+        start, end = times(step, factor)
         makespan[sample], critical[sample] = judge(step, start, end, factor, occupied[sample])
     return makespan, critical, occupied
 
@@ -111,7 +111,7 @@ def _slot_factors(seed: np.uint64, sample: int, chances: Chances) -> Floats:
 
 
 @njit(cache=True)
-def _times(step: Step, factor: Floats) -> tuple[Floats, Floats]:
+def times(step: Step, factor: Floats) -> tuple[Floats, Floats]:
     """Start and end of each task with nothing shared: what ``simulate`` does, every number times its factor."""
     before, need, need_slot, slot = step.before, step.need, step.need_slot, step.slot
     seconds, latency = step.slot_seconds, step.slot_latency_seconds

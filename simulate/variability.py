@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.errors import ScheduleError
-from meshwright.simulate.chances import COMPUTES, Chances, Step, factors, judge, sample_all
+from meshwright.simulate.chances import COMPUTES, Chances, Step, factors, judge, sample_all, times
 from meshwright.simulate.code import GATHER, KIND, RECEIVE, REDUCE, SEND, Code
 from meshwright.simulate.compiled import KIND_COUNT, Compiled, compile_program
+from meshwright.simulate.contention import overfull
 from meshwright.simulate.costs import PipelineCosts
 from meshwright.simulate.draws import Sampled, check_samples, refuse_outside
 from meshwright.simulate.pipeline import Numbers, run_sharing
@@ -115,8 +116,9 @@ def sample_steps(
     """Times of many steps, each with chances of its own.
 
     The answer depends on the seed alone, to the last bit: not on the number of threads (Numba's), and sample k is the
-    same whatever the number of samples. Programs that share cores or links are sampled one after another on the event
-    queue, all others on all threads.
+    same whatever the number of samples. Programs that share cores, or links that they can fill, are sampled one after
+    another, on the event queue where need be; all others on all threads. Transfers of a slow link that is shared move
+    at their share of it for longer.
 
     Raises:
         ScheduleError: the program cannot be simulated, the variability names a device or link that it does not have,
@@ -134,18 +136,27 @@ def sample_steps(
     numbers = Numbers(program, costs)
     numbers.check()
     step, chances = _step(numbers), _chances(numbers, variability)
-    if numbers.resources is None:
+    if numbers.resources is None and numbers.loads is None:
         makespans, critical, busy = sample_all(key, samples, step, chances)
     else:
         makespans, critical = np.empty(samples), np.empty(samples, np.int64)
         busy = np.zeros((samples, program.meshes))
         for sample in range(samples):
             factor = factors(key, sample, step, chances)
-            start, end = run_sharing(numbers, numbers.resources, factor)
+            start, end = _run_sharing(numbers, step, factor)
             makespans[sample], critical[sample] = judge(step, start, end, factor, busy[sample])
     total = np.where(makespans > 0, makespans, 1.0)[:, None]
     idle = np.where(makespans[:, None] > 0, np.maximum(1 - busy / total, 0.0), 0.0)
     return StepSamples(seconds=makespans, bubble_fractions=idle, critical_mesh=critical)
+
+
+def _run_sharing(numbers: Numbers, step: Step, factor: Floats) -> tuple[Floats, Floats]:
+    """Start and end of the tasks of one sample; links that its transfers never fill need no event queue."""
+    if numbers.resources is None and numbers.loads is not None:
+        start, end = times(step, factor)
+        if not overfull(numbers.compiled, numbers.loads, start, end):
+            return start, end
+    return run_sharing(numbers, numbers.resources, factor)
 
 
 def _step(numbers: Numbers) -> Step:
