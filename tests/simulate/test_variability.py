@@ -95,6 +95,32 @@ def test_without_variability_programs_that_share_are_the_prediction_too() -> Non
         assert sample_steps(program, shared, Variability(), samples=2).seconds.tolist() == [makespan] * 2
 
 
+def two_flows(capacity: float) -> tuple[Compiled, PipelineCosts]:
+    """Two stages send 2 bytes, at 1 byte/s when alone, over one link to a third; what comes back is free."""
+    program = parse("0F0 0>2a0 0<2c0 0B0\n1F0 1>2a0 1<2c0 1B0\n2<0a0 2<1a0 2F0 2B0 2>0c0 2>1c0")
+    costs = tuple(StageCosts(devices=(s,), forward_seconds=1, backward_seconds=1) for s in range(3))
+    flow, free = TransferCost(2.0, 0.0, bytes=2.0, links=(0,)), TransferCost(0.0, 0.0)
+    moves = {key: flow if key.what == "activation" else free for key in compile_program(program).transfers}
+    return compile_program(program), PipelineCosts(costs, moves, link_bytes_per_second=(capacity,))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("capacity", "makespan"), [(2.0, 6), (1.5, 1 + 4 / 1.5 + 3), (1.0, 8)])
+def test_flows_that_fill_a_link_slow_each_other_in_samples_too(capacity: float, makespan: float) -> None:
+    program, costs = two_flows(capacity)
+    exact = simulate(program, costs).makespan_seconds
+    assert exact == pytest.approx(makespan)
+    assert sample_steps(program, costs, Variability(), samples=2).seconds.tolist() == [exact] * 2
+
+
+def test_flows_meet_only_in_the_samples_in_which_they_overlap() -> None:
+    """A sender that is three times as slow starts at 3, when the other's 2 s are over: nothing is shared."""
+    program, costs = two_flows(1.0)
+    apart = sample_steps(program, costs, Variability(slow_devices={1: 3}), samples=1)
+    assert apart.seconds.tolist() == [3 + 2 + 1 + 1 + 3]
+    together = sample_steps(program, costs, Variability(slow_devices={1: 2}), samples=1)
+    assert together.seconds.tolist() == pytest.approx([2 + 3 + 1 + 1 + 2])
+
+
 def test_the_event_queue_draws_what_the_quick_path_draws() -> None:
     """Cores that slow nobody, and a resource that is listed but never short, change nothing in any sample."""
     program, costs = pipeline(stages=4, wire=0.2, hop=0.1, devices=2, update_seconds=0.5)
