@@ -9,7 +9,7 @@ input, same output: ties break by the task's number.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -225,10 +225,15 @@ def make_tasks(
         priority=None if priority is None else np.ascontiguousarray(priority, np.float64),
     )
     _check(tasks)
-    if flows is not None:
-        _check_flows(flows, count)
     if activities is not None:
         _check_activities(activities, tasks)
+    if flows is not None:
+        _check_flows(flows, count)
+        alone = (flows.bytes > 0) & (np.diff(flows.first) == 0)  # no link to share: a plain task
+        if alone.any():
+            seconds = np.where(alone, flows.bytes / flows.bytes_per_second, duration)
+            rest = replace(flows, bytes=np.where(alone, 0.0, flows.bytes))
+            tasks = replace(tasks, duration_seconds=seconds, flows=rest)
     return tasks
 
 
