@@ -1,8 +1,8 @@
 """Chimera: two replicas of the model, whose pipelines run through the meshes from both ends.
 
-Source: Li and Hoefler, Chimera, SC 2021 (arXiv:2107.06925), sections 3.1 and 3.4 (direct concatenation). With P meshes
-dividing M, equal stages, and B = F or B = 2F, the step takes P·F + (2P - 2)B + (M/P - 1)(2F + (2P - 2)B): M(F + B) +
-(P - 2)F where B = F, but with B = 2F every P micro-batches leave a bubble.
+Source: Li and Hoefler, Chimera, SC 2021 (arXiv:2107.06925), sections 3.1 and 3.5 (direct concatenation). With P meshes
+dividing M, equal stages and B ≥ F the step takes P·F + (2P - 2)B + (M/P - 1)(2F + (2P - 2)B): a bubble of P - 2
+forwards where B = F, but one for every P micro-batches where B = 2F.
 """
 
 import numpy as np
@@ -33,8 +33,8 @@ def _row(mesh: int, meshes: int, down: int, up: int) -> Row:
     slots = np.concatenate([_slots(place, meshes, count) for place, count, _ in ways])
     stage = np.repeat([stage for *_, stage in ways], [2 * count for _, count, _ in ways])
     order = np.argsort(slots)
-    text = np.array(list("F" * down + "B" * down + "F" * up + "B" * up))[order]
-    return letters("".join(text), stage[order])
+    text = np.frombuffer(("F" * down + "B" * down + "F" * up + "B" * up).encode(), np.uint8)
+    return letters(text[order].tobytes().decode(), stage[order])
 
 
 def _slots(place: int, meshes: int, count: int) -> Ints:

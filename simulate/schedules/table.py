@@ -15,6 +15,7 @@ from meshwright.simulate.schedules.one_f_one_b import ONE_F_ONE_B
 from meshwright.simulate.schedules.zb_h1 import ZB_H1
 from meshwright.simulate.schedules.zb_h2 import ZB_H2
 from meshwright.simulate.schedules.zb_v import ZB_V
+from meshwright.simulate.schedules.zero_bubble import ZB_1P, ZB_2P
 
 SCHEDULES: dict[str, Schedule] = {
     schedule.name: schedule
@@ -28,6 +29,8 @@ SCHEDULES: dict[str, Schedule] = {
         ZB_H1,
         ZB_H2,
         ZB_V,
+        ZB_1P,
+        ZB_2P,
         GRAPH_1F1B,
         DUAL_PIPE,
         DUAL_PIPE_V,

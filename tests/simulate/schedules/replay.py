@@ -7,6 +7,7 @@ from meshwright.simulate.program import Compute, word
 from meshwright.simulate.schedules.base import KINDS, Order
 
 Seconds = Callable[[str, int], float]  # kind of computation and stage → seconds
+Hop = Callable[[int, int, int], float]  # source stage, target stage and micro-batch → seconds
 
 
 class Replay(NamedTuple):
@@ -23,7 +24,7 @@ def chunk_times(F: float = 1.0, I: float = 1.0, W: float = 1.0, *, chunks: int =
     return lambda kind, stage: whole[kind] / chunks
 
 
-def replay(order: Order, seconds: Seconds, hop: float = 0.0) -> Replay:
+def replay(order: Order, seconds: Seconds, hop: float | Hop = 0.0) -> Replay:
     """Run the rows in order; a computation starts when its mesh is free and all that it needs is there.
 
     A result is ``hop`` seconds on its way to another mesh. What is joined is one piece: it starts when all that any of
@@ -42,7 +43,12 @@ def replay(order: Order, seconds: Seconds, hop: float = 0.0) -> Replay:
     live, peaks = [0] * len(pieces), [0] * len(pieces)
     done: dict[tuple[str, int, int], float] = {}
 
-    def needs(kind: str, stage: int, m: int) -> list[tuple[str, int]]:
+    def hop_seconds(source: int, target: int, m: int) -> float:
+        if home[source] == home[target]:
+            return 0.0
+        return hop(source, target, m) if callable(hop) else hop
+
+    def needs(kind: str, stage: int) -> list[tuple[str, int]]:
         if kind == "F":
             return [("F", source) for source in into[stage]]
         if kind == "W":
@@ -55,11 +61,12 @@ def replay(order: Order, seconds: Seconds, hop: float = 0.0) -> Replay:
             while at[mesh] < len(row):
                 piece = row[at[mesh]]
                 inside = {("I" if kind == "B" else kind, stage, m) for kind, stage, m in piece}
-                wanted = [(a, b, m) for kind, stage, m in piece for a, b in needs(kind, stage, m)]
-                wanted = [key for key in wanted if key not in inside]
-                if not all(key in done for key in wanted):
+                wanted = [((a, b, m), stage) for kind, stage, m in piece for a, b in needs(kind, stage)]
+                wanted = [(key, stage) for key, stage in wanted if key not in inside]
+                if not all(key in done for key, _ in wanted):
                     break
-                start = max([free[mesh], *(done[key] + hop * (home[key[1]] != mesh) for key in wanted)])
+                arrivals = [done[key] + hop_seconds(key[1], stage, key[2]) for key, stage in wanted]
+                start = max([free[mesh], *arrivals])
                 begun[mesh] = start if begun[mesh] is None else begun[mesh]
                 for kind, _, _ in piece:
                     live[mesh] += kind == "F"
