@@ -180,9 +180,9 @@ def make_tasks(
         ScheduleError: lengths differ, an index is out of range, a number is negative or not finite, a flow has neither
             a link nor a cap, or there are more tasks than memory.
     """
-    duration = np.ascontiguousarray(duration_seconds, np.float64)
-    count = len(duration)
+    count = len(np.asarray(duration_seconds))
     need_room(count)
+    duration = np.ascontiguousarray(duration_seconds, np.float64)
     if edges is None:
         lists = dependencies if dependencies is not None else [()] * count
         flat = [pair for pairs in lists for pair in pairs]
