@@ -14,6 +14,7 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from meshwright.errors import ScheduleError
+from meshwright.simulate.limits import need_room
 from meshwright.simulate.program import COMPUTES, Compute
 
 Ints = NDArray[np.int32]
@@ -216,6 +217,7 @@ class Options:
 
 
 NO_OPTIONS = Options()
+INSTRUCTIONS_A_CELL = 6  # of one stage and micro-batch: forward, backward, and both halves of two transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +259,8 @@ class Schedule:
 
 
 def need_sizes(stages: int, microbatches: int) -> None:
-    """Raise ``ScheduleError`` unless both sizes are at least 1."""
+    """Raise ``ScheduleError`` unless both sizes are at least 1 and their instructions fit into memory."""
     for name, count in (("stages", stages), ("micro-batches", microbatches)):
         if count < 1:
             raise ScheduleError(f"a schedule of {count} {name} was asked for; at least 1 is needed")
+    need_room(INSTRUCTIONS_A_CELL * stages * microbatches, "instructions")
