@@ -1,7 +1,8 @@
 """ZB-H1: 1F1B with split backwards, the weight halves moved to where the pipeline would wait.
 
-Source: Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024 (arXiv:2401.10241), section 2.3. With equal stages and
-W ≤ I the step takes M(F + I + W) + (S - 1)(F + I - W): a third of 1F1B's bubble where F = I = W, at its memory.
+Source: Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024 (arXiv:2401.10241), section 2.3. With equal stages,
+M ≥ S, W ≤ F and W ≤ I the step takes M(F + I + W) + (S - 1)(F + I - W): a third of 1F1B's bubble where F = I = W, at
+its memory.
 """
 
 from meshwright.simulate.schedules.base import Options, Order, Schedule, first_microbatches, in_a_line, letters

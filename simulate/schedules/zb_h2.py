@@ -1,8 +1,8 @@
 """ZB-H2: split backwards with twice the warm-up, so that no stage waits between its first forward and its last half.
 
 Source: Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024 (arXiv:2401.10241), section 2.3. With equal stages,
-W ≤ I and M ≥ 2S - 1 the busiest stage spans M(F + I + W) + (S - 1)(F + I - 2W): no bubble where F = I = W. Stage s
-ends s·F later than the first, so the whole bubble is saved only if the next step starts stage by stage.
+M ≥ 2S - 1, W ≤ F and W ≤ I the busiest stage spans M(F + I + W) + (S - 1)(F + I - 2W): no bubble where F = I = W. There
+stage s ends s·F later than the first, so the whole bubble is saved only if the next step starts stage by stage.
 """
 
 from meshwright.simulate.schedules.base import Options, Order, Schedule, first_microbatches, in_a_line, letters
