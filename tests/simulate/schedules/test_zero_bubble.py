@@ -91,7 +91,7 @@ def test_searched_schedules_are_as_good_as_the_table_in_its_memory(
     times = Times.equal(setting.meshes, *parts, hop_seconds=hop, kept_share=setting.kept_share)
     limit = per_mesh * setting.meshes
     order = zero_bubble(times, setting.microbatches, [limit] * setting.meshes)
-    assert setting.rate(order) <= setting.rates[column] + 2 * ROUNDING  # all but two of 24 are below, most by far
+    assert setting.rate(order) <= setting.rates[column] + 2 * ROUNDING  # one of 24 is 0.00013 above
     assert most_held(order, setting.kept_share) <= limit + 1e-6
 
 
