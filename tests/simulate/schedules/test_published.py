@@ -7,7 +7,7 @@ import pytest
 
 from meshwright.simulate.schedules.base import Options
 from meshwright.simulate.schedules.table import SCHEDULES
-from tests.simulate.schedules.replay import chunk_times, replay, words
+from tests.simulate.schedules.replay import Seconds, chunk_times, replay, words
 
 TWO_BRANCHES = Options(edges=((0, 1), (1, 3), (2, 3)))  # the table's graph of four stages
 
@@ -27,9 +27,13 @@ def test_makespan_span_and_peak_of_every_row_hold_exactly(oracle: dict[str, Any]
     for row in oracle["rows"]:
         name, options = ours(row["schedule"])
         order = SCHEDULES[name].make(row["S"], row["M"], options)
-        times = row["times"]
-        result = replay(order, lambda kind, _, times=times: times[kind])
+        result = replay(order, seconds_of(row["times"]))
         assert result == (row["makespan"], row["max_stage_span"], row["peak_activations"]), row
+
+
+def seconds_of(times: dict[str, float]) -> Seconds:
+    """The same for all stages."""
+    return lambda kind, _: times[kind]
 
 
 def test_lists_equal_the_published_ones_word_for_word(oracle: dict[str, Any]) -> None:

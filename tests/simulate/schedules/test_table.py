@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from meshwright.errors import ScheduleError
-from meshwright.simulate.schedules.base import FORWARD, INPUT, WEIGHT, WHOLE, Options, Order
+from meshwright.simulate.bare import StageTimes, play
+from meshwright.simulate.schedules.base import FORWARD, INPUT, WEIGHT, WHOLE, Options, Order, Times
 from meshwright.simulate.schedules.table import SCHEDULES, find_schedule
 from tests.simulate.schedules.replay import chunk_times, replay, words
 
@@ -55,6 +56,23 @@ def test_every_computation_is_there_once_and_none_waits_for_ever(
     assert all(sorted(numbers) == list(range(microbatches)) for numbers in seen.values())
     assert halves[INPUT] == halves[WEIGHT]
     assert replay(order, chunk_times()).makespan > 0  # it raises if rows wait for each other
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.sampled_from(sorted(SCHEDULES)), meshes_, st.integers(1, 16), latencies)
+def test_the_simulator_agrees_with_the_slow_replay(
+    data: st.DataObject, name: str, meshes: int, microbatches: int, hop: float
+) -> None:
+    rule = SCHEDULES[name]
+    options = Options(atomic_pairs="atomic_pairs" in rule.takes and data.draw(st.booleans()))
+    f, i, w = (data.draw(quarters) * rule.chunks for _ in "FIW")
+    if "times" in rule.takes:
+        options = Options(times=Times.equal(meshes, f, i, w, hop))
+    order = made(name, meshes, microbatches, options)
+    timeline = play(name, meshes, microbatches, StageTimes(f, i, w), hop, options)
+    slow = replay(order, chunk_times(f, i, w, chunks=rule.chunks), hop)
+    assert (timeline.makespan_seconds, timeline.span_seconds) == (slow.makespan, slow.span)
+    assert timeline.peak_bytes == tuple(slow.peaks)
 
 
 @pytest.mark.parametrize("name", [name for name, rule in SCHEDULES.items() if rule.live_microbatches])

@@ -87,8 +87,7 @@ def test_interleaved_of_one_layer_a_chunk_is_the_table_with_its_wait_at_the_turn
 def test_searched_schedules_are_as_good_as_the_table_in_its_memory(
     per_mesh: int, column: int, setting: Setting
 ) -> None:
-    *parts, hop = setting.times
-    times = Times.equal(setting.meshes, *parts, hop_seconds=hop, kept_share=setting.kept_share)
+    times = Times.equal(setting.meshes, *setting.times, kept_share=setting.kept_share)
     limit = per_mesh * setting.meshes
     order = zero_bubble(times, setting.microbatches, [limit] * setting.meshes)
     assert setting.rate(order) <= setting.rates[column] + 2 * ROUNDING  # one of 24 is 0.00013 above
@@ -98,8 +97,7 @@ def test_searched_schedules_are_as_good_as_the_table_in_its_memory(
 @settings_of_the_paper
 @pytest.mark.parametrize(("name", "column"), [("zb-1p", 4), ("zb-2p", 5)])
 def test_so_are_they_without_knowing_the_model(name: str, column: int, setting: Setting) -> None:
-    *parts, hop = setting.times
-    times = Times.equal(setting.meshes, *parts, hop_seconds=hop)
+    times = Times.equal(setting.meshes, *setting.times)
     order = SCHEDULES[name].make(setting.meshes, setting.microbatches, Options(times=times))
     assert setting.rate(order) <= setting.rates[column] + 0.001
     assert most_held(order, KEPT_SHARE) <= int(name[3]) * setting.meshes + 1e-6
@@ -125,11 +123,9 @@ seconds = st.integers(1, 8).map(lambda n: n / 4)
 @given(st.data())
 def test_any_stages_and_limits_give_a_whole_order_within_them(data: st.DataObject) -> None:
     stages, m = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9))
-    of_stages = [
-        tuple(data.draw(st.lists(seconds, min_size=stages, max_size=stages))) for _ in ("forward", "input", "weight")
-    ]
-    kept = data.draw(st.sampled_from([0.0, 0.25, 1.0]))
-    times = Times(*of_stages, hop_seconds=data.draw(st.sampled_from([0.0, 0.5, 3.0])), kept_share=kept)
+    of_stages = [tuple(data.draw(st.lists(seconds, min_size=stages, max_size=stages))) for _ in "FIW"]
+    hop, kept = data.draw(st.sampled_from([0.0, 0.5, 3.0])), data.draw(st.sampled_from([0.0, 0.25, 1.0]))
+    times = Times(of_stages[0], of_stages[1], of_stages[2], hop, kept)
     limits = data.draw(st.lists(st.integers(1, 2 * stages).map(float), min_size=stages, max_size=stages))
     order = zero_bubble(times, m, limits)
     result = replay(order, lambda kind, stage: of_stages["FIW".index(kind)][stage], times.hop_seconds)
