@@ -9,10 +9,12 @@ import msgspec
 from meshwright.calibrate.hardware import Cluster
 from meshwright.plan.planfile import Plan, PlannedStage, Predicted, Transfer, load_plan, public_json
 from meshwright.simulate.build import build_program
+from meshwright.simulate.flows import transfer_flow
+from meshwright.simulate.network import Network, network
 from meshwright.simulate.pipeline import PipelineCosts, StageCosts, TransferCost, compiled_schedule, simulate
 from meshwright.simulate.program import Program
 from meshwright.simulate.timeline import Timeline
-from meshwright.simulate.topology import core_sharing
+from meshwright.simulate.topology import SubMesh, core_sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ def simulate_stages(
     transfers: tuple[Transfer, ...],
     tied: tuple[tuple[int, int], ...] = (),
 ) -> Timeline:
-    """Run the event engine on planned stages."""
+    """Run the event engine on planned stages; transfers between them meet on the links of the cluster."""
+    net = network(cluster)
     costs = PipelineCosts(
         stages=tuple(
             StageCosts(
@@ -66,10 +69,24 @@ def simulate_stages(
             )
             for stage in stages
         ),
-        transfers={(t.source, t.target, t.what): TransferCost(t.wire_seconds, t.latency_seconds) for t in transfers},
+        transfers={(t.source, t.target, t.what): _over_links(t, stages, net) for t in transfers},
         cores=core_sharing(cluster),
+        link_bytes_per_second=tuple(link.bytes_per_second for link in net.links),
     )
     return simulate(compiled_schedule(schedule, len(stages), microbatches, _edges(transfers), tied), costs)
+
+
+def _over_links(transfer: Transfer, stages: tuple[PlannedStage, ...], net: Network) -> TransferCost:
+    """A transfer as a flow between the devices of its stages, never quicker than the links that it takes."""
+    flow = transfer_flow(net, *(_submesh(stages[stage]) for stage in (transfer.source, transfer.target)))
+    wire_seconds = max(transfer.wire_seconds, transfer.bytes / flow.bytes_per_second)
+    return TransferCost(
+        wire_seconds, transfer.latency_seconds, bytes=transfer.bytes, links=flow.links, weights=flow.weights
+    )
+
+
+def _submesh(stage: PlannedStage) -> SubMesh:
+    return SubMesh(min(stage.devices), len(stage.devices))
 
 
 def judge(
