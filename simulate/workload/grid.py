@@ -1,0 +1,142 @@
+"""How a transformer's step is laid out over devices."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from meshwright.errors import PlanError
+from meshwright.simulate.schedules.table import find_schedule
+from meshwright.simulate.workload.transformer import Transformer
+
+Recompute = Literal["none", "selective", "full"]
+RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Sizes of the parallel axes and what goes with them.
+
+    ``data`` counts replicas of the dense weights' grid along which the batch is split; ``expert`` splits the experts
+    over ``expert`` neighbours of these (and of ``context``). ``zero`` is the ZeRO stage over data and context: 1 shards
+    the optimizer, 2 also gradients, 3 also weights (FSDP). ``layers_per_stage`` is for stages that are not alike.
+
+    Devices are numbered tensor fastest, then context, data, pipeline (Megatron-LM's and DeepSpeed's order).
+    """
+
+    batch: int
+    microbatch_size: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    expert: int = 1
+    chunks: int = 1
+    zero: int = 0
+    sequence_parallel: bool = False
+    recompute: Recompute = "none"
+    schedule: str = "1f1b"
+    fused_attention: bool = True
+    layers_per_stage: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "microbatch_size", "tensor", "pipeline", "data", "context", "expert", "chunks"):
+            size = getattr(self, name)
+            if not (isinstance(size, int) and size >= 1):
+                raise PlanError(f"{name} of a grid is {size}; a whole number of at least 1 is needed")
+        if self.zero not in (0, 1, 2, 3):
+            raise PlanError(f"zero is {self.zero}; ZeRO has the stages 0 (off), 1, 2 and 3")
+        if self.recompute not in RECOMPUTES:
+            raise PlanError(f"recompute {self.recompute!r} is unknown; known are {', '.join(RECOMPUTES)}")
+        find_schedule(self.schedule)
+        part = self.microbatch_size * self.data
+        if self.batch % part:
+            below = self.batch // part * part
+            near = f"{below} or {below + part}" if below else f"{part}"
+            raise PlanError(
+                f"a batch of {self.batch} does not split into micro-batches of {self.microbatch_size} on {self.data} "
+                f"data-parallel ranks. Use a batch of {near}."
+            )
+        if (self.data * self.context) % self.expert:
+            raise PlanError(
+                f"expert is {self.expert}, but experts are split over {self.data * self.context} devices of the data "
+                "and context axes; use a divisor of that"
+            )
+        if self.layers_per_stage is not None and len(self.layers_per_stage) != self.stages:
+            raise PlanError(f"layers_per_stage names {len(self.layers_per_stage)} stages; the grid has {self.stages}")
+
+    @property
+    def mesh_devices(self) -> int:
+        """Devices of one mesh: those of all axes but the pipeline's."""
+        return self.tensor * self.context * self.data
+
+    @property
+    def devices(self) -> int:
+        """Devices of the whole grid."""
+        return self.mesh_devices * self.pipeline
+
+    @property
+    def replicas(self) -> int:
+        """Devices that hold the same dense weights, between which their gradients are summed."""
+        return self.data * self.context
+
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches that each replica runs in a step."""
+        return self.batch // (self.microbatch_size * self.data)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline, all chunks counted."""
+        return self.pipeline * self.chunks
+
+
+def stage_layers(model: Transformer, grid: Grid) -> tuple[int, ...]:
+    """Layers of each stage: as asked; else equal; else equal with embedding and head counted as a layer each.
+
+    Raises:
+        PlanError: they cannot be so, or do not add up to the model's.
+    """
+    stages = grid.stages
+    if grid.layers_per_stage is not None:
+        counts = grid.layers_per_stage
+        if sum(counts) != model.layers or min(counts) < 0:
+            raise PlanError(f"layers_per_stage {counts} do not add up to the model's {model.layers} layers")
+        return counts
+    if model.layers % stages == 0:
+        return (model.layers // stages,) * stages
+    if stages >= 2 and (model.layers + 2) % stages == 0:
+        each = (model.layers + 2) // stages
+        return (each - 1, *((each,) * (stages - 2)), each - 1)
+    below = model.layers // stages * stages
+    raise PlanError(
+        f"{model.layers} layers do not split over {stages} stages. Use {below or stages} or {below + stages} layers "
+        "(or 2 fewer), another pipeline, or give layers_per_stage."
+    )
+
+
+def spread_layers(layers: int, stages: int) -> tuple[int, ...]:
+    """Layers as evenly as may be, with those that are left over on the middle stages, far from embedding and head."""
+    each, left = divmod(layers, stages)
+    first = (stages - left) // 2
+    return tuple(each + (first <= stage < first + left) for stage in range(stages))
+
+
+def check_grid(model: Transformer, grid: Grid, devices: int) -> None:
+    """Raise ``PlanError`` where the model does not divide over the grid, or the grid over the devices."""
+    if grid.devices != devices:
+        raise PlanError(
+            f"a grid of {grid.tensor} tensor × {grid.context} context × {grid.data} data × {grid.pipeline} pipeline "
+            f"needs {grid.devices} devices; there are {devices}"
+        )
+    for what, size in (("heads", model.heads), ("ffn_hidden", model.ffn)):
+        if size % grid.tensor:
+            raise PlanError(f"{what} {size} do not split over {grid.tensor} tensor-parallel devices; use a divisor")
+    if model.key_heads % grid.tensor and grid.tensor % model.key_heads:
+        raise PlanError(
+            f"{model.key_heads} kv_heads and {grid.tensor} tensor-parallel devices do not divide each other"
+        )
+    split = grid.context * (grid.tensor if grid.sequence_parallel else 1)
+    if model.sequence % split:
+        raise PlanError(f"a sequence of {model.sequence} does not split over {split} context and tensor devices")
+    if model.experts % grid.expert:
+        raise PlanError(f"{model.experts} experts do not split over {grid.expert} devices; use a divisor")
+    stage_layers(model, grid)

@@ -1,0 +1,113 @@
+"""Where the groups of a grid's axes stand in a cluster, and what their collectives cost there."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.calibrate.hardware import Cluster, Device
+from meshwright.simulate.compute import interference_rates, kernel_seconds
+from meshwright.simulate.flows import collective_time
+from meshwright.simulate.operations import Collective, Copy, Kernel
+from meshwright.simulate.topology import SubMesh
+from meshwright.simulate.workload.grid import Grid
+
+
+def mesh_at(grid: Grid, mesh: int) -> SubMesh:
+    """The devices of one mesh of the pipeline: neighbours, as the pipeline's axis is the slowest."""
+    return SubMesh(mesh * grid.mesh_devices, grid.mesh_devices)
+
+
+def groups(grid: Grid, first_device: int) -> dict[str, range]:
+    """The group of each axis that the first device of a mesh is in.
+
+    ``replicas`` hold the same dense weights, ``expert replicas`` the same experts.
+    """
+    inner = grid.tensor * grid.context
+    spans = {
+        "tensor": (1, grid.tensor),
+        "context": (grid.tensor, grid.context),
+        "data": (inner, grid.data),
+        "replicas": (grid.tensor, grid.replicas),
+        "expert": (grid.tensor, grid.expert),
+        "expert replicas": (grid.tensor * grid.expert, grid.replicas // grid.expert),
+    }
+    return {axis: range(first_device, first_device + stride * size, stride) for axis, (stride, size) in spans.items()}
+
+
+@dataclass
+class Prices:
+    """Seconds of kernels and collectives on one mesh of a grid; each distinct one is worked out once."""
+
+    cluster: Cluster
+    grid: Grid
+    first_device: int
+    dtype: str
+    known: dict[Kernel, float] = field(default_factory=dict)
+
+    @cached_property
+    def device(self) -> Device:
+        """The device whose kernels are priced."""
+        return self.cluster.device(self.first_device)
+
+    @cached_property
+    def rates(self) -> NDArray[np.float64]:
+        """How streams slow each other on it."""
+        return interference_rates(self.device)
+
+    def seconds(self, kernel: Kernel) -> float:
+        """Seconds of one kernel alone."""
+        if kernel not in self.known:
+            self.known[kernel] = self._seconds(kernel)
+        return self.known[kernel]
+
+    def _seconds(self, kernel: Kernel) -> float:
+        match kernel:
+            case Collective(kind=kind, message_bytes=size, axis=axis):
+                if not size:
+                    return 0.0
+                group = groups(self.grid, self.first_device)[axis]
+                cluster, devices = hosts_of(self.cluster, group)
+                at_once = groups_at_once(cluster, devices, self.grid.mesh_devices)
+                return collective_time(cluster, devices, kind, size, at_once, self.dtype)
+            case Copy(bytes=size):
+                host = self.cluster.hosts[self.cluster.host_of(self.first_device)]
+                link = host.pcie or self.cluster.inter_host
+                return link.latency_seconds.value + size / link.bytes_per_second.value
+            case _:
+                return kernel_seconds(self.device, kernel)
+
+
+def hosts_of(cluster: Cluster, group: range) -> tuple[Cluster, tuple[int, ...]]:
+    """The cluster without the hosts that a group does not touch, and the group's devices there.
+
+    A network with leaves stays whole: which hosts share one matters.
+    """
+    if cluster.hosts_per_leaf is not None:
+        return cluster, tuple(group)
+    firsts, first = [], 0
+    for host in cluster.hosts:
+        firsts.append(first)
+        first += host.devices
+    kept, devices, before = [], [], 0
+    for host, first in zip(cluster.hosts, firsts, strict=True):
+        inside = group[_at(group, first) : _at(group, first + host.devices)]
+        if inside:
+            devices += [before + device - first for device in inside]
+            kept.append(host)
+            before += host.devices
+    return msgspec.structs.replace(cluster, hosts=tuple(kept)), tuple(devices)
+
+
+def groups_at_once(cluster: Cluster, devices: tuple[int, ...], mesh_devices: int) -> int:
+    """Groups of the same axis that run the same collective on the hosts of this one: all of the mesh that fit there."""
+    members = Counter(cluster.host_of(device) for device in devices)
+    return max(1, min(min(cluster.devices_per_host, mesh_devices) // count for count in members.values()))
+
+
+def _at(group: range, device: int) -> int:
+    """Members of a group before a device."""
+    return min(len(group), max(0, -(-(device - group.start) // group.step)))

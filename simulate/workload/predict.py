@@ -1,0 +1,200 @@
+"""A transformer, a cluster, a grid and a software stack → the timeline of one training step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from meshwright.calibrate.hardware import Cluster
+from meshwright.errors import PlanError
+from meshwright.simulate.code import INPUT, KIND, STAGE
+from meshwright.simulate.collective import transfer_seconds
+from meshwright.simulate.compiled import Compiled
+from meshwright.simulate.costs import PipelineCosts, TransferCost
+from meshwright.simulate.operations import Collective
+from meshwright.simulate.pipeline import compiled_schedule, simulate
+from meshwright.simulate.program import Payload
+from meshwright.simulate.schedules.table import find_schedule
+from meshwright.simulate.timeline import Parts, Timeline
+from meshwright.simulate.topology import hop_link
+from meshwright.simulate.workload.grid import Grid, check_grid, stage_layers
+from meshwright.simulate.workload.pieces import Local
+from meshwright.simulate.workload.placement import Prices, mesh_at
+from meshwright.simulate.workload.stack import Stack
+from meshwright.simulate.workload.stages import Stage
+from meshwright.simulate.workload.transformer import Transformer
+
+SCALAR_BYTES = 4.0  # a sum of squares
+
+
+@dataclass(frozen=True)
+class GridPrediction:
+    """A step as it is predicted; memory is that of the fullest mesh, on each of its devices."""
+
+    model: Transformer
+    grid: Grid
+    cluster: Cluster
+    timeline: Timeline
+    collective_seconds: float  # of one mesh and step, in which its devices do nothing but communicate inside stages
+
+    @property
+    def iteration_seconds(self) -> float:
+        """The whole step."""
+        return self.timeline.makespan_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices together."""
+        return self.grid.batch * self.model.sequence / self.iteration_seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the devices could do at their peak in the step's time (attention counted whole)."""
+        return self.model.step_flops(self.grid.batch) / self._possible_flops
+
+    @property
+    def hfu(self) -> float:
+        """As ``mfu`` with what is computed again (Korthikanti et al., 2022, appendix A)."""
+        again = 0.0
+        if self.grid.recompute == "full":
+            head = 2.0 * self.model.hidden * self.model.vocabulary * self.grid.batch * self.model.sequence
+            again = self.model.forward_flops(self.grid.batch) - head
+        elif self.grid.recompute == "selective":
+            again = 4.0 * self.grid.batch * self.model.layers * self.model.sequence**2 * self.model.query_dim
+        return (self.model.step_flops(self.grid.batch) + again) / self._possible_flops
+
+    @property
+    def exposed_communication_seconds(self) -> float:
+        """Seconds of the step in which communication is all that goes on: inside stages, between them, at the end."""
+        return self.collective_seconds + self.timeline.exposed_communication_seconds
+
+    @property
+    def peak_bytes(self) -> float:
+        """The most that any device holds."""
+        return max(self.timeline.peak_bytes)
+
+    @cached_property
+    def peak_parts(self) -> Parts:
+        """What that is made of."""
+        peaks = self.timeline.peak_bytes
+        return self.timeline.peak_parts[peaks.index(max(peaks))]
+
+    @property
+    def _possible_flops(self) -> float:
+        peak = self.cluster.device(0).peak_flops(self.model.matmuls_in)
+        return self.iteration_seconds * self.grid.devices * peak
+
+
+def predict_grid(model: Transformer, cluster: Cluster, grid: Grid, stack: Stack) -> GridPrediction:
+    """One training step, in two levels: kinds of stages from their kernels, the pipeline from these.
+
+    Raises:
+        PlanError: the model does not divide over the grid, or the grid over the cluster.
+        ScheduleError: the schedule has no rule for these sizes.
+    """
+    check_grid(model, grid, cluster.devices)
+    local = Local(model, grid, stack)
+    program = _program(model, grid, stack)
+    homes = _homes(program)
+    if len(homes) != grid.stages:
+        raise PlanError(
+            f"schedule {grid.schedule} makes {len(homes)} stages of {grid.pipeline} meshes, the grid {grid.stages}; "
+            "set chunks to what it needs, or take a schedule without copies"
+        )
+    stages = _stages(local, cluster, homes)
+    split = bool((program.code.table[:, KIND] == INPUT).any())
+    if split and grid.zero == 3:
+        raise PlanError(f"schedule {grid.schedule} splits backwards, which gathers no weights; use zero 2 at most")
+    costs = PipelineCosts(
+        stages=tuple(
+            stage.costs(mesh_at(grid, home).indices, split=split) for stage, home in zip(stages, homes, strict=True)
+        ),
+        transfers=_transfers(local, cluster, stages, homes),
+    )
+    inside = np.zeros(grid.pipeline)
+    for stage, home in zip(stages, homes, strict=True):
+        inside[home] += stage.forward.exposed_seconds + stage.backward.exposed_seconds
+    return GridPrediction(model, grid, cluster, simulate(program, costs), float(inside.max()) * grid.microbatches)
+
+
+def _program(model: Transformer, grid: Grid, stack: Stack) -> Compiled:
+    plan = find_schedule(grid.schedule)
+    tied = ((0, grid.stages - 1),) if model.tied and grid.stages > 1 else ()
+    return compiled_schedule(
+        grid.schedule,
+        grid.pipeline,
+        grid.microbatches,
+        tied=tied,
+        chunks=grid.chunks if "chunks" in plan.takes else None,
+        norm=stack.clipped,
+        gather=grid.zero in (1, 2),
+    )
+
+
+def _homes(program: Compiled) -> tuple[int, ...]:
+    """The mesh of each stage."""
+    code = program.code
+    homes = np.zeros(int(code.table[:, STAGE].max()) + 1, np.int64)
+    homes[code.table[:, STAGE]] = code.mesh
+    return tuple(homes.tolist())
+
+
+def _stages(local: Local, cluster: Cluster, homes: tuple[int, ...]) -> tuple[Stage, ...]:
+    """All stages; those that are alike (in layers, ends, and place within their hosts) are one object."""
+    kinds: dict[tuple[int, bool, bool, int], Stage] = {}
+    prices: dict[int, Prices] = {}
+    stages = []
+    for number, (layers, home) in enumerate(zip(stage_layers(local.model, local.grid), homes, strict=True)):
+        first_device = mesh_at(local.grid, home).first_device
+        place = first_device % cluster.devices_per_host if cluster.homogeneous else first_device
+        if place not in prices:
+            prices[place] = Prices(cluster, local.grid, first_device, local.model.dtype)
+        key = (layers, number == 0, number == local.grid.stages - 1, place)
+        if key not in kinds:
+            kinds[key] = Stage(local, prices[place], *key[:3])
+        stages.append(kinds[key])
+    return tuple(stages)
+
+
+def _transfers(
+    local: Local, cluster: Cluster, stages: tuple[Stage, ...], homes: tuple[int, ...]
+) -> Mapping[tuple[int, int, Payload], TransferCost]:
+    """Each device sends to the one in its place on the other mesh."""
+    model, grid = local.model, local.grid
+    held = float(local.tokens * model.hidden * model.dtype_bytes)
+    spread = grid.tensor > 1 and (local.stack.spread_transfers or grid.sequence_parallel)
+    sent = held / grid.tensor if spread else held
+    table = model.vocabulary * model.hidden / grid.tensor
+    found: dict[tuple[int, int, Payload], TransferCost] = {}
+    known: dict[tuple[int, int, float], TransferCost] = {}
+
+    def cost(source: int, target: int, bytes: float) -> TransferCost:
+        """Of so many bytes from each device of one mesh to its partner on another."""
+        key = (homes[source], homes[target], bytes)
+        if key not in known:
+            link = hop_link(cluster, mesh_at(grid, key[0]), mesh_at(grid, key[1]))
+            latency = link.latency_seconds.value
+            wire = transfer_seconds(bytes * grid.mesh_devices, link) - latency
+            known[key] = TransferCost(wire, latency)
+        return known[key]
+
+    gather = 0.0
+    if spread and not grid.sequence_parallel:  # the parts of an activation are put together again
+        whole = Collective(kind="all_gather", message_bytes=held, ranks=grid.tensor, axis="tensor")
+        gather = stages[0].prices.seconds(whole)
+    for stage in range(grid.stages - 1):
+        for source, target, what in ((stage, stage + 1, "activation"), (stage + 1, stage, "cotangent")):
+            if homes[source] != homes[target]:
+                hop = cost(source, target, sent)
+                later = hop._replace(latency_seconds=hop.latency_seconds + gather, buffer_bytes=sent)
+                found[source, target, what] = later  # type: ignore[index]
+    last = grid.stages - 1
+    if model.tied and last:
+        found[last, 0, "gradient"] = cost(last, 0, table * local.stack.sent_gradient_bytes)
+        found[0, last, "parameter"] = cost(0, last, table * model.dtype_bytes)
+    firsts = [homes.index(mesh) for mesh in range(grid.pipeline)]
+    for other in firsts[1:]:
+        found[other, 0, "square"] = cost(other, 0, SCALAR_BYTES)
+        found[0, other, "norm"] = cost(0, other, SCALAR_BYTES)
+    return found
