@@ -39,6 +39,7 @@ __all__ = [
     "parse_cluster",
     "save_cluster",
     "shipped_machines",
+    "short_dtype",
 ]
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from meshwright.calibrate.hardware import Device, Link
 from meshwright.errors import ScheduleError
 from meshwright.simulate.collective import CollectiveKind, collective_seconds
+from meshwright.simulate.compute import interference_rates, kernel_seconds
 from meshwright.simulate.engine import NOBODY, make_tasks, run_tasks
 from meshwright.simulate.operations import Collective, Copy, Kernel, Operation
 
@@ -83,8 +84,6 @@ def run_stage(
     Raises:
         ScheduleError: an operation needs one that does not stand before it, or a link is missing.
     """
-
-    from meshwright.simulate.compute import interference_rates, kernel_seconds
 
     def seconds_of(kernel: Kernel) -> float:
         match kernel:
