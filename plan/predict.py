@@ -78,7 +78,7 @@ def simulate_stages(
 
 def _over_links(transfer: Transfer, stages: tuple[PlannedStage, ...], net: Network) -> TransferCost:
     """A transfer as a flow between the devices of its stages, never quicker than the links that it takes."""
-    flow = transfer_flow(net, *(_submesh(stages[stage]) for stage in (transfer.source, transfer.target)))
+    flow = transfer_flow(net, _submesh(stages[transfer.source]), _submesh(stages[transfer.target]))
     wire_seconds = max(transfer.wire_seconds, transfer.bytes / flow.bytes_per_second)
     return TransferCost(
         wire_seconds, transfer.latency_seconds, bytes=transfer.bytes, links=flow.links, weights=flow.weights
