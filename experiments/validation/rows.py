@@ -17,7 +17,7 @@ class DataError(MeshwrightError):
     """The file cannot be read as a table of measured steps."""
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 (it is an answer, not a fault)
     """One row cannot be predicted; ``reason`` is counted, ``detail`` shown for the first of its kind."""
 
     def __init__(self, reason: str, detail: str = "") -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
+from meshwright.simulate.compute import DTYPE_BYTES
 from meshwright.simulate.operations import (
     Attention,
     Collective,
@@ -20,7 +21,7 @@ from meshwright.simulate.operations import (
 )
 from meshwright.simulate.workload.grid import Grid
 from meshwright.simulate.workload.stack import Stack
-from meshwright.simulate.workload.transformer import DTYPE_BYTES, Transformer
+from meshwright.simulate.workload.transformer import Transformer
 
 
 @dataclass(frozen=True, slots=True)

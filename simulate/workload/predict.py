@@ -35,6 +35,8 @@ class GridPrediction:
     model: Transformer
     grid: Grid
     cluster: Cluster
+    program: Compiled
+    costs: PipelineCosts
     timeline: Timeline
     collective_seconds: float  # of one mesh and step, in which its devices do nothing but communicate inside stages
 
@@ -115,7 +117,8 @@ def predict_grid(model: Transformer, cluster: Cluster, grid: Grid, stack: Stack)
     inside = np.zeros(grid.pipeline)
     for stage, home in zip(stages, homes, strict=True):
         inside[home] += stage.forward.exposed_seconds + stage.backward.exposed_seconds
-    return GridPrediction(model, grid, cluster, simulate(program, costs), float(inside.max()) * grid.microbatches)
+    seconds = float(inside.max()) * grid.microbatches
+    return GridPrediction(model, grid, cluster, program, costs, simulate(program, costs), seconds)
 
 
 def _program(model: Transformer, grid: Grid, stack: Stack) -> Compiled:

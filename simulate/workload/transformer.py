@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from meshwright.errors import ModelError
-
-DTYPE_BYTES = {"f8": 1, "bf16": 2, "f16": 2, "f32": 4}
+from meshwright.simulate.compute import DTYPE_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

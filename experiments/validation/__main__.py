@@ -1,0 +1,46 @@
+"""Hold the simulator against published measurements.
+
+    python -m experiments.validation --data FILE [--json] [-o DIR]
+
+FILE is a CSV with one measured training step a row; every row that can be expressed is predicted, none is fitted to.
+The table goes to stdout (with ``--json``, one object instead); with ``-o``, also a page and a picture of each source.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.validation.evaluate import evaluate
+from experiments.validation.report import plain, write
+from experiments.validation.rows import read_rows
+from meshwright.errors import MeshwrightError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: done; 1: the file or folder cannot be used, in one line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.validation", description="Hold the simulator against published measurements."
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="CSV of measured training steps")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="write a page and pictures there")
+    chosen = parser.parse_args(arguments)
+    try:
+        sources = evaluate(read_rows(chosen.data), lambda line: print(line, file=sys.stderr))
+        if chosen.output is not None:
+            for path in write(sources, chosen.output, f"python -m experiments.validation --data {chosen.data.name}"):
+                print(f"wrote {path}", file=sys.stderr)
+    except MeshwrightError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if chosen.json:
+        print(json.dumps({"sources": [source.to_data() for source in sources]}, allow_nan=False))
+    else:
+        print(plain(sources))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
