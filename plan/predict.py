@@ -15,6 +15,7 @@ from meshwright.simulate.pipeline import PipelineCosts, StageCosts, TransferCost
 from meshwright.simulate.program import Program
 from meshwright.simulate.timeline import Timeline
 from meshwright.simulate.topology import SubMesh, core_sharing
+from meshwright.simulate.variability import StepSamples, Variability, sample_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,14 @@ def simulate_stages(
     tied: tuple[tuple[int, int], ...] = (),
 ) -> Timeline:
     """Run the event engine on planned stages; transfers between them meet on the links of the cluster."""
+    program = compiled_schedule(schedule, len(stages), microbatches, _edges(transfers), tied)
+    return simulate(program, costs_of(cluster, stages, transfers))
+
+
+def costs_of(cluster: Cluster, stages: tuple[PlannedStage, ...], transfers: tuple[Transfer, ...]) -> PipelineCosts:
+    """What planned stages and the transfers between them cost, as the simulator wants it."""
     net = network(cluster)
-    costs = PipelineCosts(
+    return PipelineCosts(
         stages=tuple(
             StageCosts(
                 devices=stage.devices,
@@ -73,7 +80,13 @@ def simulate_stages(
         cores=core_sharing(cluster),
         link_bytes_per_second=tuple(link.bytes_per_second for link in net.links),
     )
-    return simulate(compiled_schedule(schedule, len(stages), microbatches, _edges(transfers), tied), costs)
+
+
+def sample_plan(plan: Plan, variability: Variability, *, samples: int, seed: int = 0) -> StepSamples:
+    """Times of many steps of a plan, each with chances of its own."""
+    program = compiled_schedule(plan.schedule, len(plan.stages), plan.microbatches, _edges(plan.transfers), plan.tied)
+    costs = costs_of(plan.hardware, plan.stages, plan.transfers)
+    return sample_steps(program, costs, variability, samples=samples, seed=seed)
 
 
 def _over_links(transfer: Transfer, stages: tuple[PlannedStage, ...], net: Network) -> TransferCost:

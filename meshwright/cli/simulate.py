@@ -10,22 +10,38 @@ from typing import Any
 
 from meshwright.errors import ScheduleError
 from meshwright.simulate.bare import StageTimes, bare_code, equal_costs, play_program
-from meshwright.simulate.code import decode
+from meshwright.simulate.code import Code, decode
+from meshwright.simulate.compiled import Compiled
+from meshwright.simulate.costs import PipelineCosts
 from meshwright.simulate.pipeline import simulate
 from meshwright.simulate.program import Program, compute_only, parse, word
 from meshwright.simulate.schedules.base import Options
 from meshwright.simulate.schedules.table import SCHEDULES
 from meshwright.simulate.timeline import Timeline
+from meshwright.simulate.variability import StepSamples, Variability, sample_steps
 
 WRONG_USAGE = 2
 PARTS = ("F", "I", "W")
 PAIRS = ("sequence", "atomic")
+JITTER = 0.05  # kernels measured again differ by about as much
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``simulate``."""
-    parser.add_argument("plan", nargs="?", metavar="PLAN", help="a plan file; or give a bare schedule:")
-    parser.add_argument("--schedule", metavar="NAME", help=f"one of {', '.join(SCHEDULES)}")
+    parser.add_argument("plan", nargs="?", metavar="PLAN|MODEL", help="a plan file; or a transformer, and for it:")
+    parser.add_argument("--cluster", metavar="C", help="MODEL: a shipped machine with a count, a sum, or a file")
+    parser.add_argument("--batch", type=int, metavar="N", help="MODEL: sequences per optimizer step")
+    parser.add_argument(
+        "--fix",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="MODEL: the grid, as in tensor=8, pipeline=8, microbatch-size=1, schedule=interleaved:4, remat=full",
+    )
+    parser.add_argument("--stack", default="compiled", metavar="NAME", help="MODEL: the software (default: compiled)")
+    parser.add_argument("--flops", choices=("own", "megatron"), default="own", help="MODEL: also FLOP/s by a formula")
+    parser.add_argument("--ignore-memory", action="store_true", help="MODEL: answer even if it does not fit")
+    parser.add_argument("--schedule", metavar="NAME", help=f"a bare schedule: one of {', '.join(SCHEDULES)}")
     parser.add_argument("--stages", type=int, metavar="S", help="number of pipeline stages, each on a device")
     parser.add_argument("--microbatches", type=int, metavar="M", help="number of micro-batches in a step")
     parser.add_argument("--program", metavar="FILE", help="a program written by hand, as --show prints; - is stdin")
@@ -41,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--edges", type=stage_edges, metavar="0-1,0-2", help="graph-1f1b: which stage feeds which")
     parser.add_argument("--lifo", action="store_true", help="gpipe: backwards from the last micro-batch")
     parser.add_argument("--show", action="store_true", help="print the program, one line a device")
+    parser.add_argument("--samples", type=int, metavar="K", help="also sample K steps with jitter")
+    parser.add_argument("--jitter", type=seconds, metavar="S", help="of kernels and transfers, each (default: 0.05)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (default: 0)")
     parser.add_argument("--trace", metavar="FILE", help="write a trace for ui.perfetto.dev")
     parser.add_argument("--plot", metavar="FILE", help="write the timeline as a picture (.png, .svg, .pdf)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -50,9 +69,20 @@ def run(args: argparse.Namespace) -> int:
     """Simulate the plan, the schedule or the program that was asked for."""
     sizes = {name: getattr(args, name) for name in ("schedule", "stages", "microbatches")}
     choices = ("chunks", "pair", "edges", "lifo")
+    of_model = ("cluster", "batch", "fix", "ignore_memory")
+    if args.jitter is not None and args.samples is None:
+        return _wrong("--jitter is of samples; give --samples too")
     if args.plan is not None:
-        mixed = _given(args, (*sizes, "program", "times", "hop", *choices, "show"))
-        return _wrong(f"a plan brings its own schedule; leave out {mixed}") if mixed else run_plan(args)
+        if mixed := _given(args, (*sizes, "program", "times", "hop", *choices, "show")):
+            return _wrong(f"a plan or a model brings its own schedule; leave out {mixed}")
+        if args.cluster is not None and args.batch is not None:
+            return run_model(args)
+        mixed = _given(args, of_model)
+        return (
+            _wrong(f"a model needs --cluster and --batch; {mixed} alone says too little") if mixed else run_plan(args)
+        )
+    if mixed := _given(args, of_model):
+        return _wrong(f"{mixed} belong to a MODEL; give one")
     if args.program is not None:
         mixed = _given(args, (*sizes, *choices))
         return _wrong(f"a program is a schedule already; leave out {mixed}") if mixed else run_program(args)
@@ -64,11 +94,31 @@ def run(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Predict a saved plan."""
-    from meshwright.plan.predict import predict_file
+    from meshwright.plan.predict import predict_file, sample_plan
 
     prediction = predict_file(args.plan)
+    sampled = None
+    if args.samples is not None:
+        sampled = sample_plan(prediction.plan, _chances(args), samples=args.samples, seed=args.seed)
     _write(args, prediction.timeline, "predicted")
-    print(json.dumps(prediction.to_json()) if args.json else describe(prediction.timeline))
+    if args.json:
+        print(json.dumps(prediction.to_json() | _sampled_json(sampled)))
+    else:
+        print("\n".join([describe(prediction.timeline), *_sampled_lines(sampled)]))
+    return 0
+
+
+def run_model(args: argparse.Namespace) -> int:
+    """Predict a transformer on a grid of devices."""
+    from meshwright.cli import simulate_grid
+
+    prediction = simulate_grid.predict(args)
+    sampled = _samples(args, prediction.program, prediction.costs)
+    _write(args, prediction.timeline, f"{args.plan} on {args.cluster}")
+    if args.json:
+        print(json.dumps(simulate_grid.to_json(prediction, args) | _sampled_json(sampled)))
+    else:
+        print("\n".join([simulate_grid.describe(prediction, args), *_sampled_lines(sampled)]))
     return 0
 
 
@@ -80,8 +130,10 @@ def run_schedule(args: argparse.Namespace) -> int:
     options = Options(chunks=args.chunks, atomic_pairs=args.pair == "atomic", edges=args.edges)
     times, hop_seconds = args.times or StageTimes(), args.hop or 0.0
     code, share = bare_code(name, args.stages, args.microbatches, times, hop_seconds, options)
-    timeline = simulate(code, equal_costs(code, times, hop_seconds, share))
-    return _answer(args, timeline, decode(code) if args.show else None, f"{name} · {args.microbatches} micro-batches")
+    costs = equal_costs(code, times, hop_seconds, share)
+    sampled = _samples(args, code, costs)
+    title = f"{name} · {args.microbatches} micro-batches"
+    return _answer(args, simulate(code, costs), decode(code) if args.show else None, title, sampled)
 
 
 def run_program(args: argparse.Namespace) -> int:
@@ -90,10 +142,18 @@ def run_program(args: argparse.Namespace) -> int:
     program = parse(text)
     if not program:
         raise ScheduleError(f"{args.program}: there is no instruction in it; write one line a mesh, as in 0F0 0B0")
+    if args.samples is not None:
+        raise ScheduleError("--samples are of plans, models and schedules; a program written by hand has none")
     return _answer(args, play_program(program, args.times or StageTimes(), args.hop or 0.0), program, args.program)
 
 
-def _answer(args: argparse.Namespace, timeline: Timeline, program: Program | None, title: str) -> int:
+def _answer(
+    args: argparse.Namespace,
+    timeline: Timeline,
+    program: Program | None,
+    title: str,
+    sampled: StepSamples | None = None,
+) -> int:
     _write(args, timeline, title)
     rows = [" ".join(map(word, row)) for row in compute_only(program)] if program and args.show else []
     peaks = [round(peak) for peak in timeline.peak_bytes]
@@ -104,13 +164,41 @@ def _answer(args: argparse.Namespace, timeline: Timeline, program: Program | Non
             "peak_activations": peaks,
             "bubble_fraction": timeline.bubble_fraction,
         }
-        print(json.dumps(answer | {"program": rows} if args.show else answer))
+        answer |= ({"program": rows} if args.show else {}) | _sampled_json(sampled)
+        print(json.dumps(answer))
         return 0
     print(describe(timeline))
     print(f"activations  {' '.join(map(str, peaks))}  (most at once, by device)")
     if args.show:
         print("\n".join(f"device {device}: {row}" for device, row in enumerate(rows)))
+    print("\n".join(_sampled_lines(sampled)), end="\n" if sampled else "")
     return 0
+
+
+def _chances(args: argparse.Namespace) -> Variability:
+    jitter = JITTER if args.jitter is None else args.jitter
+    return Variability(kernel_jitter=jitter, transfer_jitter=jitter)
+
+
+def _samples(args: argparse.Namespace, program: Code | Compiled, costs: PipelineCosts) -> StepSamples | None:
+    """The samples that were asked for."""
+    if args.samples is None:
+        return None
+    return sample_steps(program, costs, _chances(args), samples=args.samples, seed=args.seed)
+
+
+def _sampled_json(sampled: StepSamples | None) -> dict[str, Any]:
+    if sampled is None:
+        return {}
+    quantiles = {f"p{round(100 * share)}_seconds": sampled.quantile(share) for share in (0.1, 0.5, 0.9, 0.99)}
+    return {"samples": {"mean_seconds": sampled.mean_seconds, "std_seconds": sampled.std_seconds} | quantiles}
+
+
+def _sampled_lines(sampled: StepSamples | None) -> list[str]:
+    if sampled is None:
+        return []
+    low, middle, high = (sampled.quantile(share) for share in (0.1, 0.5, 0.9))
+    return [f"samples      {low:.6g} to {high:.6g} s in 8 of 10 steps, median {middle:.6g} s"]
 
 
 def describe(timeline: Timeline) -> str:
@@ -159,7 +247,7 @@ def stage_edges(text: str) -> tuple[tuple[int, int], ...]:
 
 def _given(args: argparse.Namespace, names: tuple[str, ...]) -> str:
     """Those of the options that the user gave, as a list for the eye."""
-    return ", ".join(f"--{name}" for name in names if getattr(args, name) not in (None, False))
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False, []))
 
 
 def _write(args: argparse.Namespace, timeline: Timeline, title: str) -> None:
