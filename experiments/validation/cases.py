@@ -26,16 +26,17 @@ class Framework(NamedTuple):
     stack: str
     fused_attention: bool
     sequence_parallel: bool  # with tensor parallelism
+    precision: str | None  # None: such tables mix 16 and 8 bits, so that nothing can be assumed
 
 
 FRAMEWORKS = (
-    Framework(r".*(Core|NeMo|Bridge).*", "megatron-core", True, True),
-    Framework(r"InternEvo.*", "megatron-core", True, False),
-    Framework(r"Megatron-LM \(zero-bubble.*", "megatron-core", False, False),
-    Framework(r"(Megatron-)?DeepSpeed.*", "megatron-deepspeed", False, False),
-    Framework(r"Megatron-LM.*", "megatron-2021", False, False),
-    Framework(r".*(FSDP|torchtitan|fms).*", "fsdp", True, False),
-    Framework(r".*(JAX|XLA|MaxText|Alpa).*", "compiled", False, False),
+    Framework(r".*(Core|NeMo|Bridge).*", "megatron-core", True, True, None),
+    Framework(r"InternEvo.*", "megatron-core", True, False, "bf16"),
+    Framework(r"Megatron-LM \(zero-bubble.*", "megatron-core", False, False, "fp16"),
+    Framework(r"(Megatron-)?DeepSpeed.*", "megatron-deepspeed", False, False, "fp16"),
+    Framework(r"Megatron-LM.*", "megatron-2021", False, False, "fp16"),
+    Framework(r".*(FSDP|torchtitan|fms).*", "fsdp", True, False, "bf16"),
+    Framework(r".*(JAX|XLA|MaxText|Alpa).*", "compiled", False, False, "bf16"),
 )
 
 
@@ -89,7 +90,7 @@ def read_case(row: Row) -> Case:
     assumed += nearest
     framework = _framework(row)
     try:
-        model = _model(row, cluster, assumed)
+        model = _model(row, cluster, framework, assumed)
         grid = _grid(row, model, framework, assumed)
         stage_layers(model, grid)
     except MeshwrightError as error:
@@ -108,9 +109,9 @@ def _framework(row: Row) -> Framework:
     raise Refused(f"no software stack for framework {name or '(empty)'}")
 
 
-def _model(row: Row, cluster: Cluster, assumed: list[str]) -> Transformer:
+def _model(row: Row, cluster: Cluster, framework: Framework, assumed: list[str]) -> Transformer:
     name = row.text("model")
-    dtype, products = _precision(row, cluster, assumed)
+    dtype, products = _precision(row, cluster, framework, assumed)
     known = _known_models().get(name.partition(" (")[0].lower())
     if known is not None:
         return Transformer(**known["sizes"], sequence=row.count("seq"), dtype=dtype, matmul_dtype=products, **LLAMA)
@@ -134,19 +135,20 @@ def _model(row: Row, cluster: Cluster, assumed: list[str]) -> Transformer:
     )
 
 
-def _precision(row: Row, cluster: Cluster, assumed: list[str]) -> tuple[str, str | None]:
+def _precision(row: Row, cluster: Cluster, framework: Framework, assumed: list[str]) -> tuple[str, str | None]:
     """Type of activations and of the layers' products; all kinds of 8-bit scaling are priced alike."""
-    text = row.text("precision").lower()
+    text = row.text("precision")
     if not text:
-        new = "bf16" in cluster.device(0).flops_per_second
-        assumed.append(f"precision {'bf16' if new else 'fp16'}")
-        return PRECISIONS["bf16" if new else "fp16"]
-    name = re.split(r"[^a-z0-9]", text)[0]
+        if framework.precision is None:
+            raise Refused("no precision")
+        text = framework.precision
+        assumed.append(f"precision {text}")
+    name = re.split(r"[^a-z0-9]", text.lower())[0]
     if name not in PRECISIONS:
-        raise Refused(f"precision {row.text('precision')}")
+        raise Refused(f"precision {text}")
     dtype, products = PRECISIONS[name]
     if products and products not in cluster.device(0).flops_per_second:
-        raise Refused(f"precision {row.text('precision')} on {row.text('hardware')}")
+        raise Refused(f"precision {text} on {row.text('hardware')}")
     return dtype, products
 
 
@@ -166,16 +168,20 @@ def _grid(row: Row, model: Transformer, framework: Framework, assumed: list[str]
     if not row.text("recompute"):
         assumed.append("no recomputation")
     chunks, schedule = _schedule(row, model, pipeline, assumed)
+    zero, microbatch_size = _zero(row), row.count("mbs", 1)
+    if pipeline > 1 and re.match("torchtitan", row.text("framework")):
+        assumed.append("mbs as the batch of a rank, cut into micro-batches of 1; weights gathered once a step")
+        zero, microbatch_size = min(zero, 2), 1
     grid = Grid(
         batch=batch_size(row),
-        microbatch_size=row.count("mbs", 1),
+        microbatch_size=microbatch_size,
         tensor=tensor,
         pipeline=pipeline,
         data=data,
         context=context,
         expert=row.count("ep", 1),
         chunks=chunks,
-        zero=_zero(row),
+        zero=zero,
         sequence_parallel=tensor > 1 and _truth(row, "seq_parallel", framework.sequence_parallel, assumed),
         recompute=_recompute(row),
         schedule=schedule,
@@ -191,9 +197,10 @@ def _schedule(row: Row, model: Transformer, pipeline: int, assumed: list[str]) -
     chunks = row.count("vp", 1)
     if pipeline == 1:
         return 1, "1f1b"
-    if name == "interleaved" and not row.text("vp") and model.layers % (2 * pipeline) == 0:
-        assumed.append("2 chunks")
-        chunks = 2
+    if name == "interleaved" and not row.text("vp"):
+        each = model.layers // pipeline
+        chunks = next((size for size in range(2, each + 1) if model.layers % (size * pipeline) == 0), min(2, each))
+        assumed.append(f"{chunks} chunks")
     if chunks > 1 and name == "1f1b":
         name = "interleaved"
     if chunks == 1 and name == "interleaved":

@@ -55,7 +55,7 @@ def cluster_of(row: Row) -> tuple[Cluster, tuple[str, ...]]:
     device = host.device
     if memory is not None:
         device = msgspec.structs.replace(device, memory_bytes=Quantity(memory * 1e9, "the row"))
-    assumed = (machine.nearest,) if machine.nearest else ()
+    assumed: tuple[str, ...] = (machine.nearest,) if machine.nearest else ()
     network, cards = shipped.inter_host, host.nics
     if gpus > each:
         network, cards, said = _network(row, shipped, machine, each)

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 
@@ -45,5 +46,5 @@ def regret_percent(
     return (float(np.mean(regrets)) * 100 if regrets else None), len(regrets)
 
 
-def _relative(predicted: Sequence[float], measured: Sequence[float]) -> np.ndarray:
-    return np.asarray(predicted) / np.asarray(measured) - 1
+def _relative(predicted: Sequence[float], measured: Sequence[float]) -> NDArray[np.float64]:
+    return np.asarray(predicted, np.float64) / np.asarray(measured, np.float64) - 1.0

@@ -156,7 +156,7 @@ class Transformer:
 def megatron_flops(model: Transformer, batch: int) -> float:
     """FLOPs of a step of a GPT that recomputes all activations: 96 B s l h² (1 + s / 6h + V / 16lh).
 
-    The head is counted with the layers' four passes, though its forward is not recomputed.
+    Four passes of the layers and three of the head, which is not recomputed.
     Source: Narayanan et al., SC 2021, equation 3.
     """
     s, layers, h, v = model.sequence, model.layers, model.hidden, model.vocabulary
