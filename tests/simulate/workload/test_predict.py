@@ -1,0 +1,201 @@
+"""Whole steps on ideal clusters, where closed forms say how long they take; counts of kernels and collectives."""
+
+from dataclasses import replace
+from math import inf
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshwright.calibrate.hardware import Cluster, Device, Host, Link, Quantity
+from meshwright.errors import MeshwrightError, PlanError
+from meshwright.simulate.workload.grid import Grid
+from meshwright.simulate.workload.predict import GridPrediction, predict_grid
+from meshwright.simulate.workload.stack import STACKS, Stack, find_stack
+from meshwright.simulate.workload.transformer import Transformer
+
+PEAK, EFFICIENCY = 100e12, 0.5
+FREE = 1e30  # bytes a second: traffic takes no time
+PLAIN = Stack(name="plain", source="a stack that costs nothing", program_seconds=0.0, clipped=False)
+MODEL = Transformer(layers=8, hidden=512, heads=8, vocabulary=1024, sequence=256)
+
+
+def quantity(value: float) -> Quantity:
+    return Quantity(value, "made up")
+
+
+def cluster(devices: int, *, link: float = FREE, latency: float = 0.0, memory: float = FREE) -> Cluster:
+    """One host whose devices do matrix products and nothing else takes time, unless asked for."""
+    device = Device(
+        name="ideal",
+        memory_bytes=quantity(1e15),
+        flops_per_second={"f32": quantity(PEAK), "bf16": quantity(PEAK)},
+        matmul_efficiency=quantity(EFFICIENCY),
+        memory_bytes_per_second=quantity(memory),
+        launch_seconds=quantity(0.0),
+        dispatch_seconds=quantity(0.0),
+    )
+    wire = Link(bytes_per_second=quantity(link), latency_seconds=quantity(latency))
+    return Cluster(name="ideal", hosts=(Host(device=device, devices=devices, cores=8, link=wire),), inter_host=wire)
+
+
+def step(model: Transformer = MODEL, stack: Stack = PLAIN, at: Cluster | None = None, **sizes: Any) -> GridPrediction:
+    grid = Grid(**{"batch": 16, "fused_attention": False, **sizes})
+    return predict_grid(model, cluster(grid.devices) if at is None else at, grid, stack)
+
+
+def head_flops(model: Transformer, batch: int) -> float:
+    return 2.0 * batch * model.sequence * model.hidden * model.vocabulary
+
+
+def test_one_ideal_device_takes_its_arithmetic() -> None:
+    found = step()
+    assert found.iteration_seconds == pytest.approx(MODEL.step_flops(16) / (PEAK * EFFICIENCY))
+    assert found.mfu == pytest.approx(EFFICIENCY)
+    assert found.hfu == pytest.approx(EFFICIENCY)
+    assert found.tokens_per_second == pytest.approx(16 * 256 / found.iteration_seconds)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputation_is_in_hfu_but_not_in_mfu(recompute: str) -> None:
+    found = step(recompute=recompute)
+    scores = 4.0 * 16 * MODEL.layers * MODEL.sequence**2 * MODEL.hidden
+    again = MODEL.forward_flops(16) - head_flops(MODEL, 16) if recompute == "full" else scores
+    assert found.iteration_seconds == pytest.approx((MODEL.step_flops(16) + again) / (PEAK * EFFICIENCY))
+    assert found.hfu == pytest.approx(EFFICIENCY)
+    assert found.mfu < found.hfu
+
+
+@given(
+    tensor=st.sampled_from([1, 2, 4]),
+    data=st.sampled_from([1, 2, 4]),
+    context=st.sampled_from([1, 2]),
+    zero=st.integers(0, 3),
+    sequence_parallel=st.booleans(),
+    microbatch=st.sampled_from([1, 2]),
+)
+@settings(max_examples=25, deadline=None)
+def test_over_free_links_every_axis_divides_the_arithmetic(
+    tensor: int, data: int, context: int, zero: int, sequence_parallel: bool, microbatch: int
+) -> None:
+    found = step(
+        tensor=tensor,
+        data=data,
+        context=context,
+        zero=zero,
+        sequence_parallel=sequence_parallel,
+        microbatch_size=microbatch,
+    )
+    ideal = MODEL.step_flops(16) / (PEAK * EFFICIENCY * tensor * data * context)
+    assert found.iteration_seconds == pytest.approx(ideal, rel=1e-6)
+
+
+@pytest.mark.parametrize(("pipeline", "microbatches"), [(2, 2), (4, 8), (8, 16)])
+def test_equal_stages_under_1f1b_leave_the_known_bubble(pipeline: int, microbatches: int) -> None:
+    """(m + p - 1) pairs of forward and backward; a vocabulary of one word leaves the head next to no work."""
+    model = replace(MODEL, vocabulary=1, tied=False)
+    found = step(model, pipeline=pipeline, batch=microbatches)
+    pair = model.step_flops(1) / (PEAK * EFFICIENCY * pipeline)
+    assert found.iteration_seconds == pytest.approx((microbatches + pipeline - 1) * pair, rel=1e-3)
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("gpipe", 1), ("interleaved", 2), ("zb-h1", 1)])
+def test_other_schedules_have_their_own_bubbles(schedule: str, chunks: int) -> None:
+    """Bubbles of p - 1 times F + B; half of it with two chunks; F + I - W (Qi et al., 2024, section 2.3)."""
+    model = replace(MODEL, vocabulary=1, tied=False)
+    found = step(model, pipeline=4, batch=8, schedule=schedule, chunks=chunks)
+    unit = model.forward_flops(1) / (PEAK * EFFICIENCY * 4)  # a stage's forward
+    scores = 4 * model.layers * model.sequence**2 * model.hidden  # they have no weights, so W is less than F
+    weight = 1 - scores / model.forward_flops(1)
+    bubble = {"gpipe": 3.0, "interleaved": 1.5, "zb-h1": 1 + (2 - weight) - weight}[schedule]
+    assert found.iteration_seconds == pytest.approx((8 * 3 + 3 * bubble) * unit, rel=2e-3)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensor_parallelism_sums_four_times_a_layer(sequence_parallel: bool) -> None:
+    """Shoeybi et al., 2019, figure 4: two all-reduces forward, two backward; gather and scatter count as one together.
+
+    Every message takes one latency a hop: 2 (t - 1) hops of a ring all-reduce, t - 1 of a gather or scatter.
+    """
+    latency, tensor = 1e-3, 4
+    model = replace(MODEL, layers=4)
+    more = replace(MODEL, layers=8)
+    at = cluster(tensor, latency=latency)
+    seconds = [
+        step(one, at=at, tensor=tensor, batch=1, sequence_parallel=sequence_parallel).iteration_seconds
+        - one.step_flops(1) / (PEAK * EFFICIENCY * tensor)
+        for one in (model, more)
+    ]
+    hops = 2 * (tensor - 1)
+    # With sequence parallelism the inputs of both pairs of matrices are gathered again for the weight gradients.
+    again = 2 * (tensor - 1) if sequence_parallel else 0
+    assert (seconds[1] - seconds[0]) / 4 == pytest.approx((4 * hops + again) * latency, rel=1e-6)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_memory_of_weights_follows_zero(zero: int) -> None:
+    """Rajbhandari et al., 2020, figure 1, with f32 gradients: 2 + 4 + 12 bytes a weight, shared out level by level."""
+    ranks = 4
+    found = step(data=ranks, zero=zero, batch=16)
+    parts = dict(found.peak_parts)
+    weights = MODEL.parameters
+    assert parts["parameters"] == pytest.approx(weights * 2 / (ranks if zero >= 3 else 1))
+    assert parts["gradients"] == pytest.approx(weights * 4 / (ranks if zero >= 2 else 1))
+    assert parts["optimizer"] == pytest.approx(weights * 12 / (ranks if zero >= 1 else 1))
+    assert sum(parts.values()) == pytest.approx(found.peak_bytes)
+
+
+def test_a_slow_host_is_what_a_small_model_waits_for() -> None:
+    eager = replace(PLAIN, operation_seconds=1e-3)
+    found = step(stack=eager, batch=2)
+    assert found.iteration_seconds > 100 * step(batch=2).iteration_seconds
+    assert step(stack=replace(PLAIN, operation_seconds=2e-3), batch=2).iteration_seconds == pytest.approx(
+        2 * found.iteration_seconds, rel=0.05
+    )
+
+
+@given(link=st.floats(1e9, 1e12), factor=st.floats(1.0, 100.0), name=st.sampled_from(sorted(STACKS)))
+@settings(max_examples=20, deadline=None)
+def test_a_quicker_link_never_slows_a_step(link: float, factor: float, name: str) -> None:
+    sizes: dict[str, Any] = {"tensor": 2, "data": 2, "pipeline": 2, "zero": 1}
+    slow, quick = (
+        step(stack=find_stack(name), at=cluster(8, link=rate, latency=1e-6), **sizes) for rate in (link, link * factor)
+    )
+    assert quick.iteration_seconds <= slow.iteration_seconds * (1 + 1e-9)
+    assert 0 <= slow.exposed_communication_seconds < inf
+
+
+def test_overlap_hides_the_sum_of_gradients() -> None:
+    at = cluster(4, link=1e11)
+    shown = step(at=at, data=4, batch=64, microbatch_size=16)
+    hidden = step(stack=replace(PLAIN, overlapped_gradients=True), at=at, data=4, batch=64, microbatch_size=16)
+    free = step(data=4, batch=64, microbatch_size=16)
+    assert free.iteration_seconds < hidden.iteration_seconds < shown.iteration_seconds
+
+
+def test_experts_over_devices_hold_their_share_and_exchange_tokens() -> None:
+    mixed = replace(MODEL, experts=8, experts_per_token=2)
+    whole, shared = (step(mixed, data=4, expert=expert, batch=16) for expert in (1, 4))
+    routed = mixed.layers * mixed.routed_parameters
+    saved = dict(whole.peak_parts)["parameters"] - dict(shared.peak_parts)["parameters"]
+    assert saved == pytest.approx(2 * routed * 3 / 4)
+    slow = cluster(4, link=1e9)
+    exchanged = step(mixed, at=slow, data=4, expert=4, batch=16).exposed_communication_seconds
+    assert exchanged > 0
+
+
+def test_what_cannot_be_is_one_line() -> None:
+    with pytest.raises(PlanError, match="needs 4 devices; there are 8"):
+        step(at=cluster(8), tensor=4)
+    with pytest.raises(PlanError, match="splits backwards"):
+        step(pipeline=2, data=2, zero=3, schedule="zb-h1")
+    with pytest.raises(MeshwrightError, match="software stack 'torch' is unknown"):
+        find_stack("torch")
+
+
+def test_the_same_question_has_the_same_answer() -> None:
+    sizes: dict[str, Any] = {"tensor": 2, "pipeline": 2, "data": 2}
+    at = cluster(8, link=1e10)
+    assert step(at=at, **sizes).iteration_seconds == step(at=msgspec.structs.replace(at), **sizes).iteration_seconds
