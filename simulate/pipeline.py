@@ -237,6 +237,8 @@ def _resources(compiled: Compiled, costs: PipelineCosts) -> Resources | None:
     Cores matter if using all of them slows anything; a link, if two channels name it. A mesh whose devices stand on
     several hosts takes its turns where most of them are.
     """
+    if not costs.cores and all(TransferCost(*cost).link is None for cost in costs.transfers.values()):
+        return None
     rates = [cores.rates for cores in costs.cores]
     resource = np.full(compiled.code.count, NOBODY)
     demand = np.ones(compiled.code.count, np.int64)
