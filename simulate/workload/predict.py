@@ -99,11 +99,6 @@ def predict_grid(model: Transformer, cluster: Cluster, grid: Grid, stack: Stack)
     local = Local(model, grid, stack)
     program = _program(model, grid, stack)
     homes = _homes(program)
-    if len(homes) != grid.stages:
-        raise PlanError(
-            f"schedule {grid.schedule} makes {len(homes)} stages of {grid.pipeline} meshes, the grid {grid.stages}; "
-            "set chunks to what it needs, or take a schedule without copies"
-        )
     stages = _stages(local, cluster, homes)
     split = bool((program.code.table[:, KIND] == INPUT).any())
     if split and grid.zero == 3:
@@ -123,6 +118,10 @@ def predict_grid(model: Transformer, cluster: Cluster, grid: Grid, stack: Stack)
 
 def _program(model: Transformer, grid: Grid, stack: Stack) -> Compiled:
     plan = find_schedule(grid.schedule)
+    if plan.replicas > 1:
+        raise PlanError(f"schedule {plan.name} keeps {plan.replicas} copies of all weights; take one without copies")
+    if "chunks" not in plan.takes and grid.chunks != plan.chunks:
+        raise PlanError(f"schedule {plan.name} puts {plan.chunks} stages on a mesh; set chunks to {plan.chunks}")
     tied = ((0, grid.stages - 1),) if model.tied and grid.stages > 1 else ()
     return compiled_schedule(
         grid.schedule,
