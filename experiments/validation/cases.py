@@ -221,6 +221,8 @@ def _layers(row: Row, model: Transformer, grid: Grid, assumed: list[str]) -> tup
             return tuple(counts)
         raise Refused("layers_per_stage is not the model's", f"line {row.line}: {row.text('notes')}")
     if model.layers % grid.stages and (model.layers + 2) % grid.stages:
+        if grid.stages > model.layers:
+            raise Refused("more stages than layers", f"line {row.line}: {grid.stages} and {model.layers}")
         assumed.append("layers spread as evenly as may be")
         return spread_layers(model.layers, grid.stages)
     return None

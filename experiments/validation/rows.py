@@ -10,7 +10,8 @@ from meshwright.errors import MeshwrightError
 
 NEEDED = ("source_id", "hardware", "gpus", "framework", "layers", "hidden", "heads", "seq", "gbs", "tp", "pp")
 MEASURES = ("iter_time_s", "tokens_per_s", "tokens_per_s_gpu", "samples_per_s_gpu")
-MOST_COUNT = 10**9  # no count of a training run is larger; what is, is a slip
+MOST = {"gpus": 10**6, "layers": 10**4, "vp": 10**3}  # of what the simulator lists one by one; more is a slip
+MOST_COUNT = 10**9  # of everything else
 
 
 class DataError(MeshwrightError):
@@ -49,8 +50,10 @@ class Row:
                 raise Refused(f"no {column}")
             return default
         number = self._number(column, text)
-        if number != int(number) or not 1 <= number <= MOST_COUNT:
-            raise Refused(f"impossible {column}", f"line {self.line} has {text!r}; a whole number from 1 on is needed")
+        most = MOST.get(column, MOST_COUNT)
+        if number != int(number) or not 1 <= number <= most:
+            need = f"a whole number from 1 to {most:,} is needed"
+            raise Refused(f"impossible {column}", f"line {self.line} has {text!r}; {need}")
         return int(number)
 
     def positive(self, column: str) -> float | None:
