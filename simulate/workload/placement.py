@@ -21,6 +21,23 @@ def mesh_at(grid: Grid, mesh: int) -> SubMesh:
     return SubMesh(mesh * grid.mesh_devices, grid.mesh_devices)
 
 
+def nearer(cluster: Cluster, one: SubMesh, other: SubMesh) -> tuple[SubMesh, SubMesh]:
+    """Two meshes between which a hop costs the same, at the beginning of the cluster and as close as may be.
+
+    Hosts are equal, so only the meshes' places within them count, and whether they share one.
+    """
+    if not cluster.homogeneous:
+        return one, other
+    if one.first_device > other.first_device:
+        other, one = nearer(cluster, other, one)
+        return one, other
+    each = cluster.devices_per_host
+    first = SubMesh(one.first_device % each, one.devices)
+    beyond = -(-(first.first_device + first.devices) // each) * each  # the first host that it does not touch
+    there = other.first_device - (one.first_device - first.first_device)
+    return first, SubMesh(beyond + there % each if there >= beyond else there, other.devices)
+
+
 def groups(grid: Grid, first_device: int) -> dict[str, range]:
     """The group of each axis that the first device of a mesh is in.
 

@@ -17,10 +17,10 @@ from meshwright.simulate.pipeline import compiled_schedule, simulate
 from meshwright.simulate.program import Payload
 from meshwright.simulate.schedules.table import find_schedule
 from meshwright.simulate.timeline import Parts, Timeline
-from meshwright.simulate.topology import hop_link
+from meshwright.simulate.topology import SubMesh, hop_link
 from meshwright.simulate.workload.grid import Grid, check_grid, stage_layers
 from meshwright.simulate.workload.pieces import Local
-from meshwright.simulate.workload.placement import Prices, mesh_at
+from meshwright.simulate.workload.placement import Prices, mesh_at, nearer
 from meshwright.simulate.workload.stack import Stack
 from meshwright.simulate.workload.stages import Stage
 from meshwright.simulate.workload.transformer import Transformer
@@ -169,13 +169,13 @@ def _transfers(
     sent = held / grid.tensor if spread else held
     table = model.vocabulary * model.hidden / grid.tensor
     found: dict[tuple[int, int, Payload], TransferCost] = {}
-    known: dict[tuple[int, int, float], TransferCost] = {}
+    known: dict[tuple[SubMesh, SubMesh, float], TransferCost] = {}
 
     def cost(source: int, target: int, bytes: float) -> TransferCost:
         """Of so many bytes from each device of one mesh to its partner on another."""
-        key = (homes[source], homes[target], bytes)
+        key = (*nearer(cluster, mesh_at(grid, homes[source]), mesh_at(grid, homes[target])), bytes)
         if key not in known:
-            link = hop_link(cluster, mesh_at(grid, key[0]), mesh_at(grid, key[1]))
+            link = hop_link(cluster, key[0], key[1])
             latency = link.latency_seconds.value
             wire = transfer_seconds(bytes * grid.mesh_devices, link) - latency
             known[key] = TransferCost(wire, latency)
