@@ -10,7 +10,7 @@ from meshwright.errors import MeshwrightError
 
 NEEDED = ("source_id", "hardware", "gpus", "framework", "layers", "hidden", "heads", "seq", "gbs", "tp", "pp")
 MEASURES = ("iter_time_s", "tokens_per_s", "tokens_per_s_gpu", "samples_per_s_gpu")
-MOST = {"gpus": 10**6, "layers": 10**4, "vp": 10**3}  # of what the simulator lists one by one; more is a slip
+MOST = {"gpus": 10**5, "layers": 10**4, "vp": 10**3}  # of what the simulator lists one by one; more is a slip
 MOST_COUNT = 10**9  # of everything else
 
 

@@ -122,7 +122,7 @@ def hosts_of(cluster: Cluster, group: range) -> tuple[Cluster, tuple[int, ...]]:
 def groups_at_once(cluster: Cluster, devices: tuple[int, ...], mesh_devices: int) -> int:
     """Groups of the same axis that run the same collective on the hosts of this one: all of the mesh that fit there."""
     members = Counter(cluster.host_of(device) for device in devices)
-    return max(1, min(min(cluster.devices_per_host, mesh_devices) // count for count in members.values()))
+    return max(1, min(cluster.devices_per_host, mesh_devices) // max(members.values()))
 
 
 def _at(group: range, device: int) -> int:
