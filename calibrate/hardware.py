@@ -14,23 +14,26 @@ from typing import Any
 
 import msgspec
 
+from meshwright.calibrate.device import AttentionFit, Device, Interference, MatmulFit
 from meshwright.calibrate.link import COLLECTIVE_KINDS, CollectiveFit, Link, Piece
-from meshwright.calibrate.quantity import Quantity, Record, need_not_negative, need_positive, short_dtype
+from meshwright.calibrate.quantity import Quantity, Record, short_dtype
 from meshwright.calibrate.schema import convert, read_json
 from meshwright.errors import ClusterError
 
-FALLBACK_DTYPE = "f32"
 FORMAT = "meshwright-cluster"
 VERSION = 1
 MACHINES = Path(__file__).parent / "machines"
 
 __all__ = [
     "COLLECTIVE_KINDS",
+    "AttentionFit",
     "Cluster",
     "CollectiveFit",
     "Device",
     "Host",
+    "Interference",
     "Link",
+    "MatmulFit",
     "Piece",
     "Quantity",
     "cluster_from_data",
@@ -41,46 +44,6 @@ __all__ = [
     "shipped_machines",
     "short_dtype",
 ]
-
-
-class Device(Record, frozen=True, kw_only=True):
-    """One accelerator, or one single-threaded CPU rank.
-
-    ``flops_per_second`` holds the peak for each dtype (``bf16``, ``f16``, ``f32``, ...); ``matmul_efficiency`` is what
-    large matmuls achieve of it. ``memory_bytes_per_second`` is what memory-bound kernels achieve, reads and writes
-    together. ``launch_seconds`` is paid by each kernel, ``dispatch_seconds`` by each call of a compiled program.
-    """
-
-    name: str
-    memory_bytes: Quantity
-    flops_per_second: dict[str, Quantity]
-    matmul_efficiency: Quantity
-    memory_bytes_per_second: Quantity
-    launch_seconds: Quantity
-    dispatch_seconds: Quantity
-
-    def __post_init__(self) -> None:
-        need_positive("memory_bytes", self.memory_bytes)
-        if FALLBACK_DTYPE not in self.flops_per_second:
-            raise ClusterError(
-                f"flops_per_second has no {FALLBACK_DTYPE!r}; it stands in for dtypes that are not listed"
-            )
-        for dtype, flops in self.flops_per_second.items():
-            need_positive(f"flops_per_second.{dtype}", flops)
-        need_positive("matmul_efficiency", self.matmul_efficiency)
-        if self.matmul_efficiency.value > 1:
-            raise ClusterError(
-                f"matmul_efficiency.value is {self.matmul_efficiency.value:g}; "
-                "a fraction of the peak, at most 1, is needed"
-            )
-        need_positive("memory_bytes_per_second", self.memory_bytes_per_second)
-        need_not_negative("launch_seconds", self.launch_seconds)
-        need_not_negative("dispatch_seconds", self.dispatch_seconds)
-
-    def peak_flops(self, dtype: str) -> float:
-        """Peak FLOP/s for a dtype, ``bf16`` or NumPy's ``bfloat16`` alike; an unlisted dtype runs at the f32 rate."""
-        key = short_dtype(dtype)
-        return self.flops_per_second.get(key, self.flops_per_second[FALLBACK_DTYPE]).value
 
 
 class Host(Record, frozen=True, kw_only=True):

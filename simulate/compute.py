@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from meshwright.calibrate.device import ACTIVITIES, MatmulFit
 from meshwright.calibrate.hardware import Device, short_dtype
 from meshwright.errors import ClusterError
 from meshwright.simulate.operations import (
@@ -21,6 +22,7 @@ from meshwright.simulate.operations import (
     Pointwise,
 )
 
+Floats = NDArray[np.float64]
 OpKind = Literal["matmul", "conv", "memory"]
 
 
@@ -56,7 +58,6 @@ def op_seconds_array(
 
 
 DTYPE_BYTES = {"f64": 8, "f32": 4, "tf32": 4, "bf16": 2, "f16": 2, "s8": 1, "f8": 1}
-ACTIVITIES = 4  # compute, collectives, copies to the host, copies from it
 SCORE_PASSES = 4  # of an unfused softmax: scores written, read, probabilities written, read
 
 
@@ -74,47 +75,94 @@ def dtype_bytes(dtype: str) -> int:
 def kernel_seconds(device: Device, kernel: Compute) -> float:
     """Time of one kernel on the device itself; what the host spends to dispatch it is not in it.
 
-    Every kernel is bound by its arithmetic or by its memory traffic, which is counted once for each array that it reads
-    or writes:
+    Matrix products, and convolutions as such (implicit GEMM: Chetlur et al., cuDNN, 2014, section 3), go by the
+    device's fit of tiles and waves, fused attention by its own; without a fit, and for all that is bound by memory, by
+    the roofline. Memory traffic is counted once for each array that is read or written:
 
-    - fused attention moves its operands and result, an unfused one also the scores, ``SCORE_PASSES`` times;
+    - unfused attention is two batched products (four in the backward) and ``SCORE_PASSES`` over the scores each way;
     - an embedding reads and writes its rows, its gradient adds into them (read, add, write);
     - softmax cross-entropy reads the logits for the maximum, the sum and the loss; its gradient reads and writes them.
+
+    Range and error: those of the fits, which their sources state.
     """
-    flops, bytes, kind, dtype = _demand(kernel)
-    return op_seconds(device, kind, flops, bytes, dtype)
-
-
-def _demand(kernel: Compute) -> tuple[float, float, OpKind, str]:
-    """FLOPs, bytes, kind and dtype of a kernel."""
     match kernel:
         case Matmul(m=m, n=n, k=k, dtype=dtype, batch=batch):
-            return kernel.flops, dtype_bytes(dtype) * batch * (m * k + k * n + m * n), "matmul", dtype
-        case Attention(dtype=dtype):
-            return kernel.flops, _attention_bytes(kernel), "matmul", dtype
-        case Convolution(dtype=dtype):
+            return matmul_seconds(device, m, n, k, dtype, batch)
+        case Convolution(kernel=(height, width), channels_in=channels, channels_out=out, dtype=dtype):
             pixels = kernel.batch * kernel.height * kernel.width
-            weights = kernel.kernel[0] * kernel.kernel[1] * kernel.channels_in * kernel.channels_out
-            moved = pixels * (kernel.channels_in + kernel.channels_out) + weights
-            return kernel.flops, dtype_bytes(dtype) * moved, "conv", dtype
-        case Pointwise(bytes=bytes, flops=flops):
-            return flops, bytes, "memory", "f32"
+            return matmul_seconds(device, pixels, out, height * width * channels, dtype)
+        case Attention(fused=True):
+            return _fused_attention_seconds(device, kernel)
+        case Attention(dtype=dtype, batch=batch, heads=heads, queries=queries, keys=keys, head_dim=dim):
+            ways = 2 if kernel.backward else 1
+            scores = matmul_seconds(device, queries, keys, dim, dtype, batch * heads)
+            values = matmul_seconds(device, queries, dim, keys, dtype, batch * heads)
+            moved = dtype_bytes(dtype) * SCORE_PASSES * batch * heads * queries * keys
+            return ways * (scores + values + op_seconds(device, "memory", 0.0, moved, dtype))
+        case Pointwise(bytes=moved, flops=flops):
+            return op_seconds(device, "memory", flops, moved, "f32")
         case Embedding(tokens=tokens, hidden=hidden, dtype=dtype, backward=backward):
-            return 0.0, dtype_bytes(dtype) * tokens * hidden * (3 if backward else 2), "memory", dtype
+            moved = dtype_bytes(dtype) * tokens * hidden * (3 if backward else 2)
+            return op_seconds(device, "memory", 0.0, moved, dtype)
         case CrossEntropy(tokens=tokens, vocabulary=vocabulary, dtype=dtype, backward=backward):
-            return 0.0, dtype_bytes(dtype) * tokens * vocabulary * (2 if backward else 3), "memory", dtype
+            moved = dtype_bytes(dtype) * tokens * vocabulary * (2 if backward else 3)
+            return op_seconds(device, "memory", 0.0, moved, dtype)
         case OptimizerStep(parameters=parameters, bytes_per_parameter=each):
-            return 0.0, parameters * each, "memory", "f32"
+            return op_seconds(device, "memory", 0.0, parameters * each, "f32")
+
+
+def matmul_seconds(device: Device, m: int, n: int, k: int, dtype: str, batch: int = 1) -> float:
+    """Time of ``batch`` products of an m × k with a k × n matrix."""
+    fit = device.matmul_fit(dtype)
+    if fit is None:
+        moved = dtype_bytes(dtype) * batch * (m * k + k * n + m * n)
+        return op_seconds(device, "matmul", 2.0 * batch * m * n * k, moved, dtype)
+    rows, columns, inner, times = (np.array([float(size)]) for size in (m, n, k, batch))
+    peak = device.peak_flops(dtype)
+    return float(tiled_seconds(fit, rows, columns, inner, times, peak, dtype_bytes(dtype))[0])
+
+
+def tiled_seconds(
+    fit: MatmulFit, m: Floats, n: Floats, k: Floats, batch: Floats, peak_flops_per_second: float, element_bytes: int
+) -> Floats:
+    """Times of many matmuls by tiles and waves: the best tile for each, beside its memory traffic.
+
+    A matrix is cut into tiles, which the compute units take in waves, each as long as one tile's inner loop; a last
+    wave that is not full is quicker, but not in proportion. Source: NVIDIA, Matrix Multiplication Background User's
+    Guide, 2023, sections on tile and wave quantization; the fitted form is ours.
+    """
+    units = fit.compute_units
+    arithmetic = np.full(np.shape(m), np.inf)
+    for rows, columns, efficiency in fit.tiles:
+        waves = batch * np.ceil(m / rows) * np.ceil(n / columns) / units
+        full = np.floor(waves)
+        rest = waves - full
+        waves = full + np.where(rest > 1e-9, fit.last_wave + (1 - fit.last_wave) * rest, 0.0)
+        unit_flops_per_second = peak_flops_per_second * efficiency / units
+        arithmetic = np.minimum(arithmetic, waves * 2 * rows * columns * (k + fit.overhead_k) / unit_flops_per_second)
+    memory = element_bytes * batch * (m * k + k * n + m * n) / fit.memory_bytes_per_second
+    both: Floats = (arithmetic**fit.sharpness + memory**fit.sharpness) ** (1 / fit.sharpness)
+    return fit.launch_seconds + both
+
+
+def _fused_attention_seconds(device: Device, kernel: Attention) -> float:
+    if device.attention is None:
+        return op_seconds(device, "matmul", kernel.flops, _attention_bytes(kernel), kernel.dtype)
+    fit = device.attention
+    rate = device.peak_flops(kernel.dtype) * fit.efficiency * kernel.keys / (kernel.keys + fit.half_length)
+    moved = _attention_bytes(kernel) / device.memory_bytes_per_second.value
+    return fit.launch_seconds + max(kernel.flops / (rate * (fit.backward_share if kernel.backward else 1.0)), moved)
 
 
 def _attention_bytes(kernel: Attention) -> float:
+    """Queries, keys, values and results, in the backward also their gradients."""
     queries = kernel.batch * kernel.heads * kernel.queries * kernel.head_dim
     keys = kernel.batch * kernel.kv_heads * kernel.keys * kernel.head_dim
-    operands = 2 * queries + 2 * keys  # Q and the result, K and V
-    scores = 0 if kernel.fused else SCORE_PASSES * kernel.batch * kernel.heads * kernel.queries * kernel.keys
-    return dtype_bytes(kernel.dtype) * (operands + scores) * (2 if kernel.backward else 1)
+    return dtype_bytes(kernel.dtype) * 2.0 * (queries + keys) * (2 if kernel.backward else 1)
 
 
-def interference_rates(device: Device) -> NDArray[np.float64]:
-    """Rates of the four activities of a device, by the mask of those that go on: 1 where nothing was measured."""
-    return np.ones((1 << ACTIVITIES, ACTIVITIES))
+def interference_rates(device: Device) -> Floats:
+    """Rates of the activities of a device, by the mask of those that go on: all 1 where nothing was measured."""
+    if device.interference is None:
+        return np.ones((1 << len(ACTIVITIES), len(ACTIVITIES)))
+    return np.array(device.interference.rates)

@@ -1,0 +1,147 @@
+"""One accelerator: its data sheet, and what was fitted to kernels measured on it."""
+
+from math import isfinite
+
+import msgspec
+
+from meshwright.calibrate.quantity import Quantity, Record, need_not_negative, need_positive, short_dtype
+from meshwright.errors import ClusterError
+
+FALLBACK_DTYPE = "f32"
+ACTIVITIES = ("compute", "collective", "to_host", "from_host")
+
+
+class MatmulFit(Record, frozen=True, kw_only=True):
+    """Matmuls by tiles and waves, with a roofline of memory; ``calibrate.kernels`` fits it.
+
+    ``efficiency`` is the share of the peak that a tile of so many rows and columns reaches (``"256x128"``, either way
+    round); each tile also pays ``overhead_k`` steps of its inner loop. A last wave of tiles that does not fill all
+    ``compute_units`` takes at least ``last_wave`` of a whole one. ``sharpness`` is the power p of
+    ``(arithmetic^p + memory^p)^(1/p)``, so that near the ridge both count.
+    """
+
+    source: str
+    compute_units: int
+    efficiency: dict[str, float]
+    overhead_k: float
+    last_wave: float
+    memory_bytes_per_second: float
+    launch_seconds: float
+    sharpness: float
+
+    def __post_init__(self) -> None:
+        if self.compute_units < 1 or not self.efficiency:
+            raise ClusterError("matmul needs compute_units of at least 1 and the efficiency of at least one tile")
+        for tile, share in self.efficiency.items():
+            sides = tile.split("x")
+            if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+                raise ClusterError(f"matmul.efficiency.{tile} is no tile; write rows x columns, as in 256x128")
+            if not 0 < share <= 1:
+                raise ClusterError(f"matmul.efficiency.{tile} is {share:g}; a fraction of the peak is needed")
+        need_finite("matmul.overhead_k", self.overhead_k, 0)
+        need_finite("matmul.last_wave", self.last_wave, 0, 1)
+        need_finite("matmul.memory_bytes_per_second", self.memory_bytes_per_second, 1)
+        need_finite("matmul.launch_seconds", self.launch_seconds, 0)
+        need_finite("matmul.sharpness", self.sharpness, 1)
+
+    @property
+    def tiles(self) -> tuple[tuple[int, int, float], ...]:
+        """(Rows, columns, efficiency) of each tile, both ways round."""
+        found = []
+        for tile, share in self.efficiency.items():
+            rows, columns = map(int, tile.split("x"))
+            found += [(rows, columns, share)] if rows == columns else [(rows, columns, share), (columns, rows, share)]
+        return tuple(found)
+
+
+class AttentionFit(Record, frozen=True, kw_only=True):
+    """Fused attention: ``efficiency`` of the peak for long sequences, half of it at ``half_length`` keys.
+
+    The backward reaches ``backward_share`` of the forward's rate.
+    """
+
+    source: str
+    efficiency: float
+    half_length: float
+    launch_seconds: float
+    backward_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        need_finite("attention.efficiency", self.efficiency, 1e-6, 1)
+        need_finite("attention.half_length", self.half_length, 0)
+        need_finite("attention.launch_seconds", self.launch_seconds, 0)
+        need_finite("attention.backward_share", self.backward_share, 1e-6, 1)
+
+
+class Interference(Record, frozen=True, kw_only=True):
+    """How activities on a device slow each other: ``rates[mask][activity]`` while those of the mask go on.
+
+    Activities are, by their bit, compute, collectives, copies to the host and copies from it.
+    """
+
+    source: str
+    rates: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        count = len(ACTIVITIES)
+        if len(self.rates) != 1 << count or any(len(row) != count for row in self.rates):
+            raise ClusterError(f"interference.rates is no table of {1 << count} masks by {count} activities")
+        if not all(0 < rate <= 1 for row in self.rates for rate in row):
+            raise ClusterError("interference.rates holds a number that is not above 0 and at most 1")
+
+
+def need_finite(name: str, number: float, least: float, most: float = float("inf")) -> None:
+    """Raise ``ClusterError`` unless the number is finite and in range."""
+    if not (isfinite(number) and least <= number <= most):
+        raise ClusterError(f"{name} is {number:g}; a number from {least:g} to {most:g} is needed")
+
+
+class Device(Record, frozen=True, kw_only=True):
+    """One accelerator, or one single-threaded CPU rank.
+
+    ``flops_per_second`` holds the peak for each dtype (``bf16``, ``f16``, ``f32``, ...); ``matmul_efficiency`` is what
+    large matmuls achieve of it. ``memory_bytes_per_second`` is what memory-bound kernels achieve, reads and writes
+    together. ``launch_seconds`` is paid by each kernel, ``dispatch_seconds`` by each call of a compiled program.
+    """
+
+    name: str
+    memory_bytes: Quantity
+    flops_per_second: dict[str, Quantity]
+    matmul_efficiency: Quantity
+    memory_bytes_per_second: Quantity
+    launch_seconds: Quantity
+    dispatch_seconds: Quantity
+    matmul: dict[str, MatmulFit] = msgspec.field(default_factory=dict)
+    attention: AttentionFit | None = None
+    interference: Interference | None = None
+
+    def __post_init__(self) -> None:
+        need_positive("memory_bytes", self.memory_bytes)
+        if FALLBACK_DTYPE not in self.flops_per_second:
+            raise ClusterError(
+                f"flops_per_second has no {FALLBACK_DTYPE!r}; it stands in for dtypes that are not listed"
+            )
+        for dtype, flops in self.flops_per_second.items():
+            need_positive(f"flops_per_second.{dtype}", flops)
+        need_positive("matmul_efficiency", self.matmul_efficiency)
+        if self.matmul_efficiency.value > 1:
+            raise ClusterError(
+                f"matmul_efficiency.value is {self.matmul_efficiency.value:g}; "
+                "a fraction of the peak, at most 1, is needed"
+            )
+        need_positive("memory_bytes_per_second", self.memory_bytes_per_second)
+        need_not_negative("launch_seconds", self.launch_seconds)
+        need_not_negative("dispatch_seconds", self.dispatch_seconds)
+        for dtype in self.matmul:
+            if dtype not in self.flops_per_second:
+                raise ClusterError(f"matmul.{dtype} is a fit to a dtype that flops_per_second does not list")
+
+    def matmul_fit(self, dtype: str) -> MatmulFit | None:
+        """The fit of matmuls in a dtype; the two of 16 bits stand in for each other."""
+        key = short_dtype(dtype)
+        return self.matmul.get(key) or self.matmul.get({"f16": "bf16", "bf16": "f16"}.get(key, key))
+
+    def peak_flops(self, dtype: str) -> float:
+        """Peak FLOP/s for a dtype, ``bf16`` or NumPy's ``bfloat16`` alike; an unlisted dtype runs at the f32 rate."""
+        key = short_dtype(dtype)
+        return self.flops_per_second.get(key, self.flops_per_second[FALLBACK_DTYPE]).value
