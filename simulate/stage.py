@@ -264,20 +264,3 @@ def _explicit(operations: Sequence[Operation]) -> tuple[Operation, ...]:
         operation if operation.needs is not None else replace(operation, needs=(i - 1,) if i else ())
         for i, operation in enumerate(operations)
     )
-
-
-class StageRunner:
-    """``run_stage`` for one device, remembered by content: a model's layers and a sweep's plans repeat themselves."""
-
-    def __init__(
-        self, device: Device, links: Mapping[str, Link] | None = None, dispatch: Dispatch | None = None
-    ) -> None:
-        self._of = (device, links, dispatch)
-        self._known: dict[tuple[tuple[Operation, ...], int], StageRun] = {}
-
-    def run(self, operations: Sequence[Operation], repeat: int = 1) -> StageRun:
-        """The run of these operations; the same object for the same content."""
-        key = (tuple(operations), repeat)
-        if key not in self._known:
-            self._known[key] = run_stage(operations, *self._of, repeat=repeat)
-        return self._known[key]
