@@ -24,17 +24,20 @@ def backward(pieces: Sequence[Piece], *, overlapped: bool) -> Operations:
     """Input- and weight-gradients, last piece first.
 
     With ``overlapped``, what waits for a collective is only what reads its result: weight gradients run beside it.
+    Without, one operation follows the other, but for inputs that are gathered again for a weight gradient: they always
+    come while the input-gradient is computed (Korthikanti et al., 2022, section 4.2.2).
     """
     found: list[Operation] = []
     cotangent: tuple[int, ...] | None = None  # the operation that makes what the next input-gradient reads
     for piece in reversed(pieces):
-        given = cotangent
+        given = cotangent if overlapped or not found else (len(found) - 1,)
         for kernel in piece.input_gradient:
-            found.append(Operation(piece.name, kernel, cotangent))
+            found.append(Operation(piece.name, kernel, cotangent if overlapped else None))
             cotangent = (len(found) - 1,)
         for place, kernel in enumerate(piece.weight_gradient):
-            found.append(Operation(piece.name, kernel, None if place else given))
-    return tuple(found) if overlapped else tuple(replace(operation, needs=None) for operation in found)
+            beside = place == 0 and (overlapped or isinstance(kernel, Collective))
+            found.append(Operation(piece.name, kernel, given if beside else None))
+    return tuple(found)
 
 
 def input_gradient(pieces: Sequence[Piece]) -> Operations:

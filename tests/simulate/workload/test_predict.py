@@ -129,9 +129,10 @@ def test_tensor_parallelism_sums_four_times_a_layer(sequence_parallel: bool) -> 
         for one in (model, more)
     ]
     hops = 2 * (tensor - 1)
-    # With sequence parallelism the inputs of both pairs of matrices are gathered again for the weight gradients.
+    # With sequence parallelism the inputs of both pairs of matrices are gathered again for the weight gradients, which
+    # hides what the input-gradients take, next to nothing here.
     again = 2 * (tensor - 1) if sequence_parallel else 0
-    assert (seconds[1] - seconds[0]) / 4 == pytest.approx((4 * hops + again) * latency, rel=1e-6)
+    assert (seconds[1] - seconds[0]) / 4 == pytest.approx((4 * hops + again) * latency, rel=1e-3)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
