@@ -41,6 +41,7 @@ LEADS = (1, 2, 3)  # forwards before the first backward of the last stage
 PATIENCES = (0.0, 0.5, 1.0, np.inf)  # a wait of this many weight halves is filled with one
 STARTS = 4  # policies of the grid that are improved
 EFFORT = 40_000_000  # computations placed while improving: about 0.2 seconds
+MOST_WORK = 100_000_000  # stages² × micro-batches: about 20 seconds of search
 ROUNDING = 1e-9  # relative, of seconds and activations
 
 
@@ -58,13 +59,19 @@ def zero_bubble(times: Times, microbatches: int, live_limits: Sequence[float]) -
         live_limits: the most activations that each stage may hold, in micro-batches.
 
     Raises:
-        ScheduleError: there is not one limit for each stage, or one is below one micro-batch.
+        ScheduleError: there is not one limit for each stage, one is below one micro-batch, or the search would take
+            minutes.
     """
     stages = len(times.forward_seconds)
     if len(live_limits) != stages or min(live_limits) < 1:
         raise ScheduleError(
             f"limits of {', '.join(map(str, live_limits))} live micro-batches are given for {stages} stages; "
             "one of at least 1 is needed for each"
+        )
+    if stages**2 * microbatches > MOST_WORK:
+        raise ScheduleError(
+            f"a search over {stages} stages and {microbatches} micro-batches takes minutes; use zb-h1 or zb-h2, whose "
+            "order is known"
         )
     whole, whole_cost = _search(replace(times, kept_share=1.0), microbatches, live_limits)
     kinds, cost = _search(times, microbatches, live_limits) if times.kept_share < 1 else (whole, whole_cost)

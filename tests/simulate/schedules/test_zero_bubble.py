@@ -168,3 +168,8 @@ def held(order: Order, mesh: int, kept_share: float) -> np.ndarray:
 def most_held(order: Order, kept_share: float) -> float:
     """The most on any mesh."""
     return max(float(held(order, mesh, kept_share).max()) for mesh in range(len(order.rows)))
+
+
+def test_a_search_that_would_take_minutes_is_refused_at_once() -> None:
+    with pytest.raises(ScheduleError, match="512 stages and 2048 micro-batches takes minutes; use zb-h1"):
+        zero_bubble(Times.equal(512), 2048, [512.0] * 512)
