@@ -18,6 +18,7 @@ from meshwright.errors import ScheduleError
 from meshwright.simulate.collective import CollectiveKind, collective_seconds
 from meshwright.simulate.compute import interference_rates, kernel_seconds
 from meshwright.simulate.engine import NOBODY, make_tasks, run_tasks
+from meshwright.simulate.limits import need_room
 from meshwright.simulate.operations import Collective, Copy, Kernel, Operation
 
 Floats = NDArray[np.float64]
@@ -114,6 +115,7 @@ def run_operations(
     if repeat < 1:
         raise ScheduleError(f"a stage was to be repeated {repeat} times; at least once is needed")
     block = len(operations)
+    need_room(2 * block * repeat, "operations and their dispatches")
     known: dict[Kernel, float] = {}
     for operation in operations:
         if operation.kernel not in known:

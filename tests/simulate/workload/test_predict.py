@@ -200,3 +200,8 @@ def test_the_same_question_has_the_same_answer() -> None:
     sizes: dict[str, Any] = {"tensor": 2, "pipeline": 2, "data": 2}
     at = cluster(8, link=1e10)
     assert step(at=at, **sizes).iteration_seconds == step(at=msgspec.structs.replace(at), **sizes).iteration_seconds
+
+
+def test_more_layers_than_memory_are_one_line() -> None:
+    with pytest.raises(MeshwrightError, match="operations and their dispatches need about"):
+        step(replace(MODEL, layers=10**10))
