@@ -61,7 +61,7 @@ def test_halves_hold_each_kernel_once() -> None:
 
 
 def test_policies_recompute_nothing_the_core_or_all() -> None:
-    found = {policy: played(recomputed(PIECES, policy)) for policy in ("none", "selective", "full")}  # type: ignore[arg-type]
+    found = {policy: played(recomputed(PIECES, policy)) for policy in ("none", "selective", "full")}
     assert found == {"none": 0, "selective": 5, "full": 16}
 
 

@@ -89,7 +89,7 @@ def test_collectives_beside_weight_gradients_cost_less() -> None:
 
 
 def test_gradients_summed_beside_the_backward_leave_a_rest() -> None:
-    grid = {"hosts": 4, "tensor": 8, "data": 4, "batch": 16}
+    grid: dict[str, Any] = {"hosts": 4, "tensor": 8, "data": 4, "batch": 16}
     after = stage_of(**grid).reduce_seconds
     beside = stage_of(stack=replace(QUIET, overlapped_gradients=True), **grid).reduce_seconds
     assert 0 < beside < after
@@ -111,7 +111,7 @@ def test_zero_shares_out_what_it_says() -> None:
 
 def test_weights_gathered_layer_by_layer_hide_behind_large_layers() -> None:
     """ZeRO 3 costs little where a layer computes for longer than its weights travel, and much where it does not."""
-    near = {"tensor": 1, "data": 8, "microbatch_size": 4, "batch": 32}
+    near: dict[str, Any] = {"tensor": 1, "data": 8, "microbatch_size": 4, "batch": 32}
     plain, shared = stage_of(**near), stage_of(zero=3, **near)
     assert plain.forward.seconds < shared.forward.seconds < 1.1 * plain.forward.seconds
     short = replace(GPT_22B, sequence=16)
@@ -131,7 +131,7 @@ def test_a_tied_head_on_its_own_stage_holds_a_copy() -> None:
 
 def test_experts_are_split_and_exchanged() -> None:
     mixed = replace(GPT_22B, hidden=1024, heads=16, experts=16, experts_per_token=2)
-    grid = {"tensor": 1, "data": 8, "batch": 8, "microbatch_size": 1}
+    grid: dict[str, Any] = {"tensor": 1, "data": 8, "batch": 8, "microbatch_size": 1}
     alone, split = stage_of(mixed, **grid), stage_of(mixed, expert=8, **grid)
     assert split.weights.routed == pytest.approx(alone.weights.routed / 8)
     assert split.weights.dense == alone.weights.dense
