@@ -55,7 +55,7 @@ cover: $(READY)  ## run the tests and show which lines none of them reaches
 	@$(BIN)/coverage report
 
 clean:  ## remove what builds, checks and the demo left; .venv stays
-	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf build dist demo validation .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	rm -f .coverage .coverage.* meshwright-fault-*.log
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 

@@ -3,7 +3,8 @@
     python -m experiments.validation --data FILE [--json] [-o DIR]
 
 FILE is a CSV with one measured training step a row; every row that can be expressed is predicted, none is fitted to.
-The table goes to stdout (with ``--json``, one object instead); with ``-o``, also a page and a picture of each source.
+The table goes to stdout (with ``--json``, one object instead), the table as a page and a scatter picture of each source
+into DIR (``validation/``).
 """
 
 import argparse
@@ -25,13 +26,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="CSV of measured training steps")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="write a page and pictures there")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("validation"),
+        metavar="DIR",
+        help="where the page and the pictures go (default: %(default)s)",
+    )
     chosen = parser.parse_args(arguments)
     try:
         sources = evaluate(read_rows(chosen.data), lambda line: print(line, file=sys.stderr))
-        if chosen.output is not None:
-            for path in write(sources, chosen.output, f"python -m experiments.validation --data {chosen.data.name}"):
-                print(f"wrote {path}", file=sys.stderr)
+        for path in write(sources, chosen.output, f"python -m experiments.validation --data {chosen.data.name}"):
+            print(f"wrote {path}", file=sys.stderr)
     except MeshwrightError as error:
         print(error, file=sys.stderr)
         return 1

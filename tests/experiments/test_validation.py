@@ -61,7 +61,7 @@ def row(**cells: str) -> Row:
 
 
 def run(path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, str]:
-    code = main(["--data", str(path), *more])
+    code = main(["--data", str(path), "-o", str(path.parent / "report"), *more])
     shown = capsys.readouterr()
     return code, shown.out, shown.err
 
