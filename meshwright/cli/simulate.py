@@ -13,6 +13,7 @@ from meshwright.simulate.bare import StageTimes, bare_code, equal_costs, play_pr
 from meshwright.simulate.code import Code, decode
 from meshwright.simulate.compiled import Compiled
 from meshwright.simulate.costs import PipelineCosts
+from meshwright.simulate.metrics import metrics
 from meshwright.simulate.pipeline import simulate
 from meshwright.simulate.program import Program, compute_only, parse, word
 from meshwright.simulate.schedules.base import Options
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Predict a saved plan."""
-    from meshwright.plan.predict import predict_file, sample_plan
+    from meshwright.plan.predict import costs_of, predict_file, sample_plan
 
     prediction = predict_file(args.plan)
     sampled = None
@@ -102,7 +103,9 @@ def run_plan(args: argparse.Namespace) -> int:
         sampled = sample_plan(prediction.plan, _chances(args), samples=args.samples, seed=args.seed)
     _write(args, prediction.timeline, "predicted")
     if args.json:
-        print(json.dumps(prediction.to_json() | _sampled_json(sampled)))
+        plan = prediction.plan
+        costs = costs_of(plan.hardware, plan.stages, plan.transfers)
+        print(json.dumps(prediction.to_json() | _observed(prediction.timeline, costs) | _sampled_json(sampled)))
     else:
         print("\n".join([describe(prediction.timeline), *_sampled_lines(sampled)]))
     return 0
@@ -116,7 +119,8 @@ def run_model(args: argparse.Namespace) -> int:
     sampled = _samples(args, prediction.program, prediction.costs)
     _write(args, prediction.timeline, f"{args.plan} on {args.cluster}")
     if args.json:
-        print(json.dumps(simulate_grid.to_json(prediction, args) | _sampled_json(sampled)))
+        observed = _observed(prediction.timeline, prediction.costs)
+        print(json.dumps(simulate_grid.to_json(prediction, args) | observed | _sampled_json(sampled)))
     else:
         print("\n".join([simulate_grid.describe(prediction, args), *_sampled_lines(sampled)]))
     return 0
@@ -185,6 +189,12 @@ def _samples(args: argparse.Namespace, program: Code | Compiled, costs: Pipeline
     if args.samples is None:
         return None
     return sample_steps(program, costs, _chances(args), samples=args.samples, seed=args.seed)
+
+
+def _observed(timeline: Timeline, costs: PipelineCosts) -> dict[str, Any]:
+    """Why the step takes as long as it does, and how busy the channels between stages are."""
+    data = metrics(timeline, costs=costs).to_json()
+    return {"causes": data["causes"], "channels": data["channels"]}
 
 
 def _sampled_json(sampled: StepSamples | None) -> dict[str, Any]:

@@ -32,6 +32,9 @@ def test_the_answer_holds_the_contract(capsys: pytest.CaptureFixture[str]) -> No
     assert 0 < predicted["mfu"] < 1
     assert predicted["fits"] is True
     assert sum(predicted["peak_memory_parts"].values()) == pytest.approx(predicted["peak_memory_bytes"])
+    assert sum(cause["seconds"] for cause in data["causes"]) == pytest.approx(predicted["iteration_seconds"])
+    assert {(c["source"], c["target"]) for c in data["channels"]} >= {(0, 1), (1, 0), (2, 3), (3, 2)}
+    assert all(0 < channel["busy_fraction"] <= 1 for channel in data["channels"])
 
 
 def test_data_parallelism_takes_the_devices_that_are_left(capsys: pytest.CaptureFixture[str]) -> None:
