@@ -94,8 +94,7 @@ def hop_link(cluster: Cluster, sub_a: SubMesh, sub_b: SubMesh, pairs: int | None
     flows = most if pairs is None else pairs
     if not 1 <= flows <= most:
         raise ClusterError(f"{flows} pairs between {sub_a.devices} and {sub_b.devices} devices; 1..{most} are possible")
-    owners_a = [cluster.host_of(device) for device in sub_a.indices]
-    owners_b = [cluster.host_of(device) for device in sub_b.indices]
+    owners_a, owners_b = _owners(cluster, sub_a), _owners(cluster, sub_b)
     inside = set(owners_a) == set(owners_b) and len(set(owners_a)) == 1
     link = cluster.hosts[owners_a[0]].link if inside else cluster.inter_host
     bytes_per_second = flows * link.bytes_per_second.value
@@ -103,6 +102,17 @@ def hop_link(cluster: Cluster, sub_a: SubMesh, sub_b: SubMesh, pairs: int | None
         hosts = min(len(set(owners_a)), len(set(owners_b)), flows)
         bytes_per_second = min(bytes_per_second, hosts * link.host_bytes_per_second.value)
     return link.scaled(bytes_per_second / link.bytes_per_second.value)
+
+
+def _owners(cluster: Cluster, submesh: SubMesh) -> list[int]:
+    """The host of each device of a submesh, in one pass over the hosts."""
+    owners: list[int] = []
+    first = 0
+    for index, host in enumerate(cluster.hosts):
+        here = range(max(first, submesh.indices.start), min(first + host.devices, submesh.indices.stop))
+        owners += [index] * len(here)
+        first += host.devices
+    return owners
 
 
 def _inside(cluster: Cluster, submesh: SubMesh) -> None:
