@@ -178,7 +178,7 @@ def _transfers(
             link = hop_link(cluster, key[0], key[1])
             latency = link.latency_seconds.value
             wire = transfer_seconds(bytes * grid.mesh_devices, link) - latency
-            known[key] = TransferCost(wire, latency)
+            known[key] = TransferCost(wire, latency, bytes=bytes * grid.mesh_devices)
         return known[key]
 
     gather = 0.0
