@@ -1,47 +1,55 @@
 """Timelines as a picture that a person likes to look at: one row a mesh, empty where nothing runs.
 
-The colours are of Okabe and Ito's palette, which colour-blind readers can tell apart.
+A whole backward is orange; its halves are vermilion (input) and yellow (weights). Later stages of a mesh, chunks or
+replicas, are paler. Boxes too narrow to see are painted as density, so thousands of them leave the bubble as it is.
 """
 
 import os
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from meshwright.errors import ScheduleError
-from meshwright.simulate.program import Backward, Forward, Receive, Send
-from meshwright.simulate.timeline import Event, Timeline
+from meshwright.simulate.boxes import COLOURS, boxes_of
+from meshwright.simulate.rows import (
+    DPI,
+    FRAME,
+    INK,
+    MEMORY,
+    PALE_INK,
+    ROW_BACKGROUND,
+    Scale,
+    draw_rows,
+    row_count,
+    row_names,
+)
+from meshwright.simulate.timeline import Timeline
 
-COLOURS = {
-    "forward": "#56B4E9",
-    "backward": "#E69F00",
-    "transfer": "#CC79A7",
-    "reduce": "#009E73",
-    "update": "#5D6D7E",
-}
-LEGEND = {"transfer": "transfer in flight", "reduce": "reduce gradients"}
-ROW_BACKGROUND, FRAME = "#F0F2F4", "#CBD2D9"
-INK, PALE_INK = "#1F2933", "#7B8794"
 WIDTH_INCHES = 13.0
-MOST_LABELS = 4000  # more numbers than this would be dust
-LEAST_POINTS = 5.0
+BODY_INCHES = 7.0  # of all rows together, while a row is not too high or too low for that
+HIGHEST_ROW, LOWEST_ROW = 0.52, 2 / DPI
+HEAD, FOOT = 0.55, 0.82  # inches for a panel's title, and for axis and legend below the last panel
 
 
-def plot_timeline(timeline: Timeline, path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw one timeline to a PNG (or whatever the path's ending says)."""
-    plot_timelines([(title, timeline)], path)
+def plot_timeline(timeline: Timeline, path: str | os.PathLike[str], title: str = "", *, memory: bool = False) -> None:
+    """Draw one timeline to a PNG (or whatever the path's ending says); see ``plot_timelines``."""
+    plot_timelines([(title, timeline)], path, memory=memory)
 
 
-def plot_timelines(timelines: Sequence[tuple[str, Timeline]], path: str | os.PathLike[str]) -> None:
+def plot_timelines(
+    timelines: Sequence[tuple[str, Timeline]], path: str | os.PathLike[str], *, memory: bool = False
+) -> None:
     """Draw named timelines one above the other on one time axis, as in ``[("predicted", p), ("measured", m)]``.
+
+    Args:
+        memory: also draw what the devices of each mesh hold over time, and mark the highest peak. Rows need some
+            height for that: above about 75 meshes only the peak's number is given.
 
     Raises:
         ScheduleError: there is nothing to draw, or the path's ending is no kind of picture.
@@ -52,45 +60,32 @@ def plot_timelines(timelines: Sequence[tuple[str, Timeline]], path: str | os.Pat
     longest = max((timeline.makespan_seconds for _, timeline in timelines), default=0.0)
     if longest <= 0:
         raise ScheduleError("a timeline without time cannot be drawn; give one with at least one event that lasts")
-    rows = [len(timeline.mesh_devices) for _, timeline in timelines]
-    row_inches = min(0.52, max(0.19, 7.0 / sum(rows)))
-    heights = [count * row_inches for count in rows]
-    head, foot = 0.55, 0.82  # inches for a panel's title, and for axis and legend below the last panel
-    total = sum(heights) + head * len(rows) + foot
-    longest_name = max(len(_row_name(m, d)) for _, t in timelines for m, d in enumerate(t.mesh_devices))
-    left_inches, right_inches = 0.3 + 0.076 * longest_name, 0.3
+    rows = [row_count(timeline) for _, timeline in timelines]
+    highest_row = HIGHEST_ROW * (1.5 if memory else 1.0)
+    row_inches = round(min(highest_row, max(LOWEST_ROW, BODY_INCHES / sum(rows))) * DPI) / DPI  # whole pixels
+    total = sum(rows) * row_inches + HEAD * len(rows) + FOOT
+    longest_name = max(len(name) for _, timeline in timelines for name in row_names(timeline))
+    left_inches, right_inches = round((0.3 + 0.076 * longest_name) * DPI) / DPI, round(0.3 * DPI) / DPI
     width_inches = WIDTH_INCHES - left_inches - right_inches
-    figure = Figure(figsize=(WIDTH_INCHES, total), facecolor="white", dpi=130)
+    figure = Figure(figsize=(WIDTH_INCHES, total), facecolor="white", dpi=DPI)
     unit, short, per_second = _time_unit(longest)
-    scale = _Scale(per_second, width_inches / (longest * 1.004), row_inches)
-    top = total
-    for k, ((name, timeline), height) in enumerate(zip(timelines, heights, strict=True)):
-        top -= head + height
-        box = (left_inches / WIDTH_INCHES, top / total, width_inches / WIDTH_INCHES, height / total)
-        axes = figure.add_axes(box)
-        _draw(axes, timeline, scale)
-        axes.set_xlim(0, longest * per_second * 1.004)
+    scale = Scale(per_second, longest * 1.004, width_inches, row_inches, memory)
+    top, dense, seen = total, False, set[int]()
+    shown = [boxes_of(timeline) for _, timeline in timelines]
+    for k, ((name, timeline), boxes) in enumerate(zip(timelines, shown, strict=True)):
+        height = rows[k] * row_inches
+        top -= HEAD + height
+        axes = figure.add_axes((left_inches / WIDTH_INCHES, top / total, width_inches / WIDTH_INCHES, height / total))
+        painted, kinds_drawn = draw_rows(axes, timeline, boxes, scale)
+        dense, seen = dense or painted, seen | kinds_drawn
         last = k == len(rows) - 1
         axes.tick_params(axis="x", labelbottom=last, length=3 if last else 0, colors=PALE_INK, labelsize=9)
-        facts = [f"{timeline.makespan_seconds * per_second:.4g} {short}"]
-        if k:
-            first_name, first = timelines[0]
-            change = timeline.makespan_seconds / first.makespan_seconds - 1 if first.makespan_seconds else 0.0
-            facts.append(f"{change:+.1%} against {first_name or 'the first'}")
-        _head(axes, name, [*facts, f"{timeline.bubble_fraction:.1%} bubble"])
-    _legend(figure, [timeline for _, timeline in timelines], 0.1 / total)
+        _head(axes, name, _facts(timeline, timelines[0] if k else None, per_second, short, memory))
+    pale = any(boxes.pale.any() for boxes in shown)
+    _legend(figure, seen, pale, dense, memory, 0.1 / total)
     edge = (1 - right_inches / WIDTH_INCHES, 0.23 / total)
     figure.text(*edge, f"time in {unit}", ha="right", fontsize=9, color=PALE_INK)
     figure.savefig(path)
-
-
-@dataclass(frozen=True, slots=True)
-class _Scale:
-    """Units of the time axis in a second, and inches on paper."""
-
-    per_second: float
-    inches_per_second: float
-    row_inches: float
 
 
 def _time_unit(longest_seconds: float) -> tuple[str, str, float]:
@@ -101,75 +96,24 @@ def _time_unit(longest_seconds: float) -> tuple[str, str, float]:
     return "nanoseconds", "ns", 1e9
 
 
-def _kind(event: Event) -> str:
-    return "transfer" if isinstance(event.instruction, Send) else type(event.instruction).__name__.lower()
+def _facts(
+    timeline: Timeline, first: tuple[str, Timeline] | None, per_second: float, short: str, memory: bool
+) -> list[str]:
+    facts = [f"{timeline.makespan_seconds * per_second:.4g} {short}"]
+    if first is not None and first[1].makespan_seconds:
+        change = timeline.makespan_seconds / first[1].makespan_seconds - 1
+        facts.append(f"{change:+.1%} against {first[0] or 'the first'}")
+    facts.append(f"{timeline.bubble_fraction:.1%} bubble")
+    if memory and (peak := max(timeline.peak_bytes, default=0.0)):
+        facts.append(f"peak {_bytes(peak)} on mesh {timeline.peak_bytes.index(peak)}")
+    return facts
 
 
-def _drawn(timeline: Timeline) -> list[Event]:
-    """What has a shape: not waits, which are the empty places, and nothing that takes no time."""
-    return [e for e in timeline.events if not isinstance(e.instruction, Receive) and e.end_seconds > e.start_seconds]
-
-
-def _draw(axes: Axes, timeline: Timeline, scale: _Scale) -> None:
-    events = _drawn(timeline)
-    rows = len(timeline.mesh_devices)
-    lane = any(isinstance(event.instruction, Send) for event in events)  # a thin lane for what is in flight
-    low, high = (0.27, 0.93) if lane else (0.09, 0.91)
-    end = timeline.makespan_seconds * scale.per_second
-    idle = [[(0.0, r + low), (0.0, r + high), (end, r + high), (end, r + low)] for r in range(rows)]
-    axes.add_collection(PolyCollection(idle, facecolors=ROW_BACKGROUND, linewidths=0))
-    boxes: defaultdict[str, list[list[tuple[float, float]]]] = defaultdict(list)
-    for event in events:
-        base = rows - 1 - event.mesh
-        below, above = (0.09, 0.2) if isinstance(event.instruction, Send) else (low, high)
-        start, stop = event.start_seconds * scale.per_second, event.end_seconds * scale.per_second
-        boxes[_kind(event)].append(
-            [(start, base + below), (start, base + above), (stop, base + above), (stop, base + below)]
-        )
-    computed = [event for event in events if isinstance(event.instruction, Forward | Backward)]
-    narrowest = min((_inches(event, scale) for event in computed), default=0.0)
-    seam = 0.9 if narrowest > 0.05 else 0.25 if narrowest > 0.02 else 0.0
-    for kind, corners in boxes.items():
-        width = seam if kind != "transfer" else 0.0
-        axes.add_collection(PolyCollection(corners, facecolors=COLOURS[kind], edgecolors="white", linewidths=width))
-    for kind in ("forward", "backward"):
-        _number(axes, [e for e in computed if _kind(e) == kind], rows - 1 + (low + high) / 2, high - low, scale)
-    axes.set_ylim(0, rows)
-    names = [_row_name(mesh, devices) for mesh, devices in enumerate(timeline.mesh_devices)]
-    axes.set_yticks([rows - 1 - mesh + (low + high) / 2 for mesh in range(rows)], names)
-    axes.tick_params(axis="y", length=0, colors=INK, labelsize=min(9.0, scale.row_inches * 72 * 0.6))
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(FRAME)
-    axes.plot([end, end], [0, rows], color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=3)
-
-
-def _number(axes: Axes, events: Sequence[Event], top: float, share: float, scale: _Scale) -> None:
-    """Write the micro-batch into the boxes, all in the one size that nine of ten allow, or not at all."""
-    words = [(e, str(e.instruction.microbatch)) for e in events if isinstance(e.instruction, Forward | Backward)]
-    room = [72 * _inches(event, scale) / (0.62 * len(text) + 0.3) for event, text in words]
-    if not words or len(words) > MOST_LABELS:
-        return
-    points = min(9.5, scale.row_inches * 72 * share * 0.62, sorted(room)[len(room) // 10])
-    if points < LEAST_POINTS:
-        return
-    for (event, text), widest in zip(words, room, strict=True):
-        if widest >= 0.9 * points:  # the allowance for a digit's width is generous
-            x = (event.start_seconds + event.end_seconds) / 2 * scale.per_second
-            y = top - event.mesh
-            axes.text(x, y, text, ha="center", va="center_baseline", fontsize=points, color=INK)
-
-
-def _inches(event: Event, scale: _Scale) -> float:
-    return (event.end_seconds - event.start_seconds) * scale.inches_per_second
-
-
-def _row_name(mesh: int, devices: tuple[int, ...]) -> str:
-    if len(devices) == 1:
-        return f"device {devices[0]}"
-    if devices == tuple(range(devices[0], devices[0] + len(devices))):
-        return f"devices {devices[0]}–{devices[-1]}"
-    return f"mesh {mesh} · {len(devices)} devices"
+def _bytes(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:g} B"
 
 
 def _head(axes: Axes, name: str, facts: Sequence[str]) -> None:
@@ -179,21 +123,31 @@ def _head(axes: Axes, name: str, facts: Sequence[str]) -> None:
     axes.annotate("   ·   ".join(facts), (1, 1), ha="right", fontsize=10.5, **place)
 
 
-def _legend(figure: Figure, timelines: Sequence[Timeline], y: float) -> None:
-    seen = {_kind(event) for timeline in timelines for event in _drawn(timeline)}
-    patches = [
-        Patch(facecolor=colour, label=LEGEND.get(kind, kind)) for kind, colour in COLOURS.items() if kind in seen
+def _legend(figure: Figure, seen: set[int], pale: bool, dense: bool, memory: bool, y: float) -> None:
+    """The colours that occur, and a word on paleness, density and memory where the picture has them."""
+    patches: list[Patch | Line2D] = [
+        Patch(facecolor=colour, label=label)
+        for number, (label, colour) in enumerate(COLOURS.values())
+        if number in seen
     ]
     patches.append(Patch(facecolor=ROW_BACKGROUND, edgecolor=FRAME, label="idle (bubble)"))
+    if memory:
+        patches.append(Patch(facecolor=MEMORY, label="bytes held"))
+    notes = []
+    if pale:
+        notes.append("paler: later stages of the same devices")
+    if dense:
+        notes.append("colours mix where boxes are narrower than a pixel")
+    patches += [Line2D([], [], linestyle="none", label=f"({note})") for note in notes]
     figure.legend(
         handles=patches,
-        loc="lower center",
-        bbox_to_anchor=(0.5, y),
+        loc="lower left",
+        bbox_to_anchor=(0.015, y),
         ncols=len(patches),
         frameon=False,
-        fontsize=9.5,
+        fontsize=9 if len(patches) < 8 else 8,
         labelcolor=INK,
         handlelength=1.3,
         handleheight=1.0,
-        columnspacing=2.2,
+        columnspacing=1.5,
     )
