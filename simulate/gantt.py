@@ -21,6 +21,7 @@ from meshwright.simulate.rows import (
     DPI,
     FRAME,
     INK,
+    LEAST_MEMORY_PIXELS,
     MEMORY,
     PALE_INK,
     ROW_BACKGROUND,
@@ -32,7 +33,7 @@ from meshwright.simulate.rows import (
 from meshwright.simulate.timeline import Timeline
 
 WIDTH_INCHES = 13.0
-BODY_INCHES = 7.0  # of all rows together, while a row is not too high or too low for that
+BODY_INCHES, BODY_WITH_MEMORY_INCHES = 7.0, 10.0  # of all rows, while a row is not too high or too low for that
 HIGHEST_ROW, LOWEST_ROW = 0.52, 2 / DPI
 HEAD, FOOT = 0.55, 0.82  # inches for a panel's title, and for axis and legend below the last panel
 
@@ -49,7 +50,7 @@ def plot_timelines(
 
     Args:
         memory: also draw what the devices of each mesh hold over time, and mark the highest peak. Rows need some
-            height for that: above about 75 meshes only the peak's number is given.
+            height for that: above 65 meshes only the peak's number is given.
 
     Raises:
         ScheduleError: there is nothing to draw, or the path's ending is no kind of picture.
@@ -61,15 +62,16 @@ def plot_timelines(
     if longest <= 0:
         raise ScheduleError("a timeline without time cannot be drawn; give one with at least one event that lasts")
     rows = [row_count(timeline) for _, timeline in timelines]
-    highest_row = HIGHEST_ROW * (1.5 if memory else 1.0)
-    row_inches = round(min(highest_row, max(LOWEST_ROW, BODY_INCHES / sum(rows))) * DPI) / DPI  # whole pixels
+    strips = memory and sum(rows) * LEAST_MEMORY_PIXELS <= BODY_WITH_MEMORY_INCHES * DPI
+    highest_row, body = (1.5 * HIGHEST_ROW, BODY_WITH_MEMORY_INCHES) if strips else (HIGHEST_ROW, BODY_INCHES)
+    row_inches = round(min(highest_row, max(LOWEST_ROW, body / sum(rows))) * DPI) / DPI  # whole pixels
     total = sum(rows) * row_inches + HEAD * len(rows) + FOOT
     longest_name = max(len(name) for _, timeline in timelines for name in row_names(timeline))
     left_inches, right_inches = round((0.3 + 0.076 * longest_name) * DPI) / DPI, round(0.3 * DPI) / DPI
     width_inches = WIDTH_INCHES - left_inches - right_inches
     figure = Figure(figsize=(WIDTH_INCHES, total), facecolor="white", dpi=DPI)
     unit, short, per_second = _time_unit(longest)
-    scale = Scale(per_second, longest * 1.004, width_inches, row_inches, memory)
+    scale = Scale(per_second, longest * 1.004, width_inches, row_inches, strips)
     top, dense, seen = total, False, set[int]()
     shown = [boxes_of(timeline) for _, timeline in timelines]
     for k, ((name, timeline), boxes) in enumerate(zip(timelines, shown, strict=True)):
@@ -82,7 +84,7 @@ def plot_timelines(
         axes.tick_params(axis="x", labelbottom=last, length=3 if last else 0, colors=PALE_INK, labelsize=9)
         _head(axes, name, _facts(timeline, timelines[0] if k else None, per_second, short, memory))
     pale = any(boxes.pale.any() for boxes in shown)
-    _legend(figure, seen, pale, dense, memory, 0.1 / total)
+    _legend(figure, seen, pale, dense, strips, 0.1 / total)
     edge = (1 - right_inches / WIDTH_INCHES, 0.23 / total)
     figure.text(*edge, f"time in {unit}", ha="right", fontsize=9, color=PALE_INK)
     figure.savefig(path)

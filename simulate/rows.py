@@ -23,6 +23,7 @@ MOST_LABELS = 4000  # more numbers than this would be dust
 LEAST_POINTS = 5.0
 LEAST_BOX_PIXELS = 2.5  # boxes narrower than this are painted as density
 LEAST_BOX_ROW_PIXELS, LEAST_LANE_PIXELS, LEAST_GAP_PIXELS = 10, 12, 4
+LEAST_MEMORY_PIXELS = 20  # a row with a strip of what is held
 MOST_BOXES = 60_000
 MOST_ROWS = 512  # more meshes than this are drawn as means of neighbours
 NAME_INCHES = 0.15
@@ -106,8 +107,8 @@ def _fold(meshes: int) -> int:
 
 def _bands(boxes: Boxes, scale: Scale) -> Bands:
     pixels = scale.row_pixels
-    lane = bool(boxes.beside.any()) and pixels >= LEAST_LANE_PIXELS
-    memory = scale.memory and pixels >= LEAST_LANE_PIXELS
+    memory = scale.memory
+    lane = bool(boxes.beside.any()) and pixels >= LEAST_LANE_PIXELS * (2 if memory else 1)
     gap = 0.07 if pixels >= LEAST_GAP_PIXELS else 0.0
     bottom = 0.40 if memory else gap
     low = bottom + (0.16 if lane else 0.0)

@@ -54,7 +54,7 @@ def test_pictures_of_all_sizes_have_a_size_that_fits_a_screen(stages: int, micro
     plot_timelines([("predicted", timeline)], tmp_path / "x.png", memory=True)
     height, width = imread(tmp_path / "x.png").shape[:2]
     assert width == 1690
-    assert 200 < height < 1300
+    assert 200 < height < 1500
 
 
 def test_density_tells_the_bubble_of_thousands_of_boxes(tmp_path: Path) -> None:
