@@ -21,7 +21,7 @@ from meshwright.simulate.code import (
     encode,
 )
 from meshwright.simulate.program import ONCE, Gather, Instruction, Program, Receive, Reduce, Send, Update
-from meshwright.simulate.schedules.base import Options, Order
+from meshwright.simulate.schedules.base import Options, Order, Row
 from meshwright.simulate.schedules.table import find_schedule
 
 Edges = Sequence[tuple[int, int]]
@@ -118,7 +118,7 @@ def weave(
         woven = _weave(
             row.kind, row.stage, row.microbatch, row.joined, first_source, flat_sources, first_target, flat_targets
         )
-        last = tuple(_tail(mesh, mesh_of, users, norm=norm, gather=gather)) if tail else ()
+        last = tuple(_tail(mesh, _done(row), mesh_of, users, norm=norm, gather=gather)) if tail else ()
         pieces += [woven, encode((last,)).table]
         lengths.append(len(woven) + len(last))
     return Code(np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
@@ -168,12 +168,23 @@ def _weave(
     return table
 
 
+def _done(row: Row) -> list[int]:
+    """The stages of a row, whose gradients are ready first first: reductions may run beside what follows."""
+    last = {stage: position for position, stage in enumerate(row.stage.tolist())}
+    return sorted(last, key=last.__getitem__)
+
+
 def _tail(
-    mesh: int, mesh_of: Sequence[int], users: dict[int, list[int]], *, norm: bool, gather: bool
+    mesh: int,
+    held: Sequence[int],
+    mesh_of: Sequence[int],
+    users: dict[int, list[int]],
+    *,
+    norm: bool,
+    gather: bool,
 ) -> Iterator[Instruction]:
-    """What ends the iteration on one mesh."""
+    """What ends the iteration on one mesh, which holds these stages."""
     owners = _reverse(users)
-    held = [stage for stage, home in enumerate(mesh_of) if home == mesh]
     yield from (Reduce(stage) for stage in held)
     yield from (Send(stage, owner, "gradient", ONCE) for stage in held for owner in owners[stage])
     yield from (Receive(stage, user, "gradient", ONCE) for stage in held for user in users.get(stage, ()))

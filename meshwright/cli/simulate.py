@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (default: 0)")
     parser.add_argument("--trace", metavar="FILE", help="write a trace for ui.perfetto.dev")
     parser.add_argument("--plot", metavar="FILE", help="write the timeline as a picture (.png, .svg, .pdf)")
+    parser.add_argument("--memory", action="store_true", help="draw each device's memory into the picture too")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
@@ -101,10 +102,10 @@ def run_plan(args: argparse.Namespace) -> int:
     sampled = None
     if args.samples is not None:
         sampled = sample_plan(prediction.plan, _chances(args), samples=args.samples, seed=args.seed)
-    _write(args, prediction.timeline, "predicted")
+    plan = prediction.plan
+    costs = costs_of(plan.hardware, plan.stages, plan.transfers)
+    _write(args, prediction.timeline, "predicted", costs)
     if args.json:
-        plan = prediction.plan
-        costs = costs_of(plan.hardware, plan.stages, plan.transfers)
         print(json.dumps(prediction.to_json() | _observed(prediction.timeline, costs) | _sampled_json(sampled)))
     else:
         print("\n".join([describe(prediction.timeline), *_sampled_lines(sampled)]))
@@ -117,7 +118,7 @@ def run_model(args: argparse.Namespace) -> int:
 
     prediction = simulate_grid.predict(args)
     sampled = _samples(args, prediction.program, prediction.costs)
-    _write(args, prediction.timeline, f"{args.plan} on {args.cluster}")
+    _write(args, prediction.timeline, f"{args.plan} on {args.cluster}", prediction.costs)
     if args.json:
         observed = _observed(prediction.timeline, prediction.costs)
         print(json.dumps(simulate_grid.to_json(prediction, args) | observed | _sampled_json(sampled)))
@@ -260,16 +261,16 @@ def _given(args: argparse.Namespace, names: tuple[str, ...]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False, []))
 
 
-def _write(args: argparse.Namespace, timeline: Timeline, title: str) -> None:
-    """Write the trace and the picture that were asked for."""
+def _write(args: argparse.Namespace, timeline: Timeline, title: str, costs: PipelineCosts | None = None) -> None:
+    """Write the trace (with bytes in flight, where the costs know them) and the picture that were asked for."""
     if args.trace:
         from meshwright.simulate.trace import write_trace
 
-        write_trace([(title, timeline)], args.trace)
+        write_trace([(title, timeline)], args.trace, costs)
     if args.plot:
         from meshwright.simulate.gantt import plot_timeline
 
-        plot_timeline(timeline, args.plot, title)
+        plot_timeline(timeline, args.plot, title, memory=args.memory)
 
 
 def _wrong(message: str) -> int:

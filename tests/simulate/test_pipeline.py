@@ -12,7 +12,7 @@ from meshwright.errors import ScheduleError
 from meshwright.simulate.bare import StageTimes, play
 from meshwright.simulate.build import build_program
 from meshwright.simulate.pipeline import PipelineCosts, StageCosts, TransferCost, simulate
-from meshwright.simulate.program import Payload, Program, Receive, Send, parse
+from meshwright.simulate.program import Payload, Program, Receive, Send, parse, word
 from meshwright.simulate.schedules.base import Options
 from meshwright.simulate.schedules.table import SCHEDULES
 from meshwright.simulate.timeline import Timeline
@@ -211,3 +211,17 @@ def test_what_has_no_cost_is_refused() -> None:
         StageCosts(devices=(0,), forward_seconds=-1, backward_seconds=1)
     with pytest.raises(ScheduleError, match="no devices"):
         StageCosts(devices=(), forward_seconds=1, backward_seconds=1)
+
+
+def test_gradients_that_are_ready_first_are_summed_first_beside_the_rest() -> None:
+    """Two chunks on each of two meshes: the later chunk's backwards end first, so that its sum is hidden."""
+    program = build_program("interleaved", 2, 4, chunks=2)
+    assert [word(step) for step in program[0][-4:]] == ["2R", "0R", "2U", "0U"]
+    costs = tuple(
+        StageCosts(devices=(s % 2,), forward_seconds=0.5, backward_seconds=1.0, reduce_seconds=1.0) for s in range(4)
+    )
+    moves = transfers(program, TransferCost(0, 0))
+    beside = simulate(program, PipelineCosts(costs, moves, collective_stream=True))
+    after = simulate(program, PipelineCosts(costs, moves))
+    assert after.makespan_seconds == 13.5 + 2
+    assert beside.makespan_seconds == 13.5 + 1
