@@ -5,31 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from meshwright.calibrate.fit import RateFit, fit_timings
-from meshwright.calibrate.hardware import (
-    COLLECTIVE_KINDS,
-    Cluster,
-    CollectiveFit,
-    Device,
-    Host,
-    Link,
-    Quantity,
-    parse_cluster,
-)
-from meshwright.calibrate.timing import DISPATCH, LAUNCH, MATMUL, MEMORY, P2P, ComputeTimings, NetworkTimings, Timing
+from meshwright.calibrate.fit import FittedFamily, RateFit, fit_timings
+from meshwright.calibrate.hardware import Cluster, Device, Host, Quantity, parse_cluster
+from meshwright.calibrate.link_fit import busy_slowdown_of, link_of
+from meshwright.calibrate.timing import DISPATCH, LAUNCH, MATMUL, MEMORY, ComputeTimings, NetworkTimings, Timing
 from meshwright.errors import ClusterError
-
-
-@dataclass(frozen=True, slots=True)
-class FittedFamily:
-    """One row of the residual table; ``unit`` is of ``fit.amount_per_second``."""
-
-    name: str
-    ranks: int
-    fit: RateFit
-    unit: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +51,7 @@ def assemble(compute: ComputeTimings, network: NetworkTimings | None, measured: 
     if network is None:
         notes.append("links were not measured: those of the shipped machine 'cpu' stand in")
     else:
-        link, link_rows = _link(network, measured)
+        link, link_rows = link_of(network, measured)
         rows += link_rows
     host = Host(
         device=device,
@@ -79,7 +59,7 @@ def assemble(compute: ComputeTimings, network: NetworkTimings | None, measured: 
         cores=compute.cores,
         link=link,
         share_cores=on_cpu,
-        busy_slowdown=_busy_slowdown(network, measured) if network and on_cpu else None,
+        busy_slowdown=busy_slowdown_of(network, measured) if network and on_cpu else None,
     )
     name = "calibrated " + ("cpu" if on_cpu else compute.device_kind)
     cluster = Cluster(name=name, hosts=(host,), inter_host=shipped.inter_host, notes=tuple(notes))
@@ -114,41 +94,6 @@ def _device(
         launch_seconds=_one(compute.timings, LAUNCH, f"{measured}, one more operation in a program"),
         dispatch_seconds=_one(compute.timings, DISPATCH, f"{measured}, calls of a tiny compiled program in a row"),
     )
-
-
-def _link(network: NetworkTimings, measured: str) -> tuple[Link, list[FittedFamily]]:
-    rows: list[FittedFamily] = []
-    collectives: dict[str, list[CollectiveFit]] = {}
-    for family, ranks in sorted({(timing.family, timing.ranks) for timing in network.timings}):
-        timings = [timing for timing in network.timings if (timing.family, timing.ranks) == (family, ranks)]
-        if len({timing.amount for timing in timings}) < 2:
-            continue  # the budget ended here; the simulator falls back on the link for this kind
-        rows.append(FittedFamily(family, ranks, fit_timings(timings, f"{measured}, {ranks} ranks"), "B/s"))
-        if family in COLLECTIVE_KINDS:
-            fit = rows[-1].fit
-            entry = CollectiveFit(
-                ranks=ranks, latency_seconds=fit.fixed_seconds, bytes_per_second=fit.amount_per_second
-            )
-            collectives.setdefault(family, []).append(entry)
-    p2p = next((row.fit for row in rows if row.name == P2P), None)
-    if p2p is None:
-        raise ClusterError("no point-to-point transfer was measured; give calibrate a larger --budget")
-    link = Link(
-        bytes_per_second=p2p.amount_per_second,
-        latency_seconds=p2p.fixed_seconds,
-        collectives={kind: tuple(entries) for kind, entries in collectives.items()},
-    )
-    return link, rows
-
-
-def _busy_slowdown(network: NetworkTimings, measured: str) -> Quantity:
-    """Time of a matmul with all ranks busy over its time alone.
-
-    Means, not medians: a rank that waits for its turn on a core waits in a few long calls, which a median does not see.
-    """
-    alone, busy = float(np.mean(network.alone_seconds)), float(np.mean(network.busy_seconds))
-    value = max(1.0, busy / alone)
-    return Quantity(value, f"{measured}, mean time of a matmul on {network.ranks} ranks at once over alone")
 
 
 def _of(timings: Sequence[Timing], family: str) -> list[Timing]:

@@ -45,6 +45,16 @@ class RateFit:
         return self.fixed_seconds.value + amount / self.amount_per_second.value
 
 
+@dataclass(frozen=True, slots=True)
+class FittedFamily:
+    """One row of the residual table; ``unit`` is of ``fit.amount_per_second``."""
+
+    name: str
+    ranks: int
+    fit: RateFit
+    unit: str
+
+
 def fit_rate(amounts: ArrayLike, seconds: ArrayLike, source: str) -> RateFit:
     """Fit a fixed part and a rate to times over several orders of magnitude.
 
