@@ -16,7 +16,8 @@ FEWEST_REPEATS = 5
 class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Repeated measurement of one thing: its family (one fit each), its size and the spread of its times.
 
-    ``amount`` is FLOPs for matmuls and bytes for everything else; ``ranks`` is 1 unless ranks work together.
+    ``amount`` is FLOPs for matmuls and bytes for everything else; ``ranks`` is 1 unless ranks work together. Ranks of
+    one group are ``stride`` apart, and ``groups`` such groups were at it at once.
     """
 
     family: str
@@ -26,6 +27,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     high_seconds: float
     repeats: int
     ranks: int = 1
+    stride: int = 1
+    groups: int = 1
 
 
 class ComputeTimings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,6 +44,27 @@ class ComputeTimings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     timings: tuple[Timing, ...]
 
 
+class BusyRanks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Mean times of one matmul in each round: on one rank alone, and on ``ranks`` ranks at once."""
+
+    ranks: int
+    alone_seconds: tuple[float, ...]
+    busy_seconds: tuple[float, ...]
+
+
+class Overlap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A matmul program and a message on one rank: each alone, and until both end when they start together.
+
+    ``activity`` is the message's, as in ``device.ACTIVITIES``: a collective, or a copy to or from the host.
+    """
+
+    activity: str
+    message_bytes: float
+    compute_seconds: float
+    message_seconds: float
+    together_seconds: float
+
+
 class NetworkTimings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that was measured between the ranks of one machine."""
 
@@ -48,6 +72,8 @@ class NetworkTimings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     alone_seconds: tuple[float, ...]  # one matmul, while the other ranks sleep
     busy_seconds: tuple[float, ...]  # the same matmul with all ranks at it
     timings: tuple[Timing, ...]
+    sharing: tuple[BusyRanks, ...] = ()  # the same by the number of busy ranks
+    overlaps: tuple[Overlap, ...] = ()
 
 
 def timing(family: str, amount: float, samples: Sequence[float], ranks: int = 1) -> Timing:
