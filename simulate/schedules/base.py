@@ -247,9 +247,10 @@ class Schedule:
         Raises:
             ScheduleError: a size is below 1, an option means nothing here, or the schedule's rule does not hold.
         """
-        need_sizes(meshes, microbatches)
-        if options.chunks is not None and options.chunks < 1:
-            raise ScheduleError(f"{options.chunks} chunks were asked for; at least 1 is needed")
+        chunks = self.chunks if options.chunks is None else options.chunks
+        if chunks < 1:
+            raise ScheduleError(f"{chunks} chunks were asked for; at least 1 is needed")
+        need_sizes(meshes, microbatches, chunks)
         for name in ("chunks", "atomic_pairs", "edges", "times"):
             if getattr(options, name) not in (None, False) and name not in self.takes:
                 own = name == "chunks" and options.chunks == self.chunks
@@ -258,9 +259,9 @@ class Schedule:
         return self.order(meshes, microbatches, options)
 
 
-def need_sizes(stages: int, microbatches: int) -> None:
+def need_sizes(stages: int, microbatches: int, chunks: int = 1) -> None:
     """Raise ``ScheduleError`` unless both sizes are at least 1 and their instructions fit into memory."""
     for name, count in (("stages", stages), ("micro-batches", microbatches)):
         if count < 1:
             raise ScheduleError(f"a schedule of {count} {name} was asked for; at least 1 is needed")
-    need_room(INSTRUCTIONS_A_CELL * stages * microbatches, "instructions")
+    need_room(INSTRUCTIONS_A_CELL * stages * chunks * microbatches, "instructions")

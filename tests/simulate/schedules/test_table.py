@@ -245,6 +245,12 @@ def test_sizes_without_a_rule_are_refused_with_those_that_have_one(
         SCHEDULES[name].make(meshes, microbatches)
 
 
+@pytest.mark.parametrize("name", ["interleaved", "looped-bfs"])
+def test_more_chunks_than_memory_holds_are_refused_before_they_are_laid_out(name: str) -> None:
+    with pytest.raises(ScheduleError, match="192,000,000,000 instructions need about 76,800 GB"):
+        find_schedule(name).make(4, 8, Options(chunks=10**9))
+
+
 def test_an_edge_back_is_refused() -> None:
     with pytest.raises(ScheduleError, match="edge 2 → 1 is not possible with 3 stages"):
         SCHEDULES["graph-1f1b"].make(3, 2, Options(edges=((0, 2), (2, 1))))
