@@ -1,0 +1,87 @@
+"""What is run on the GPU: the phases, their jobs, what each needs installed, and how time is shared out among them.
+
+Plain data without JAX or anything else that may be missing: ``measure`` reads it before it knows what is installed.
+"""
+
+from dataclasses import dataclass
+
+PHASES = ("calibrate", "train", "mfu", "pipeline")
+
+# Import names of what a phase needs beyond Python, and what pip calls it where that differs.
+_ALWAYS = ("jax", "numpy", "scipy", "msgspec")
+_PLANNING = ("numba", "pulp", "highspy", "optax")
+NEEDS: dict[str, tuple[str, ...]] = {
+    "calibrate": _ALWAYS,
+    "train": (*_ALWAYS, *_PLANNING),
+    "mfu": (*_ALWAYS, "optax"),
+    "pipeline": (*_ALWAYS, *_PLANNING, "rich", "mpi4py"),
+}
+NEED_MPIEXEC = frozenset({"pipeline"})
+NEED_MACHINE = frozenset({"train", "pipeline"})
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One model with the samples of an optimizer step; ``weight`` is its share of the time beside other jobs."""
+
+    model: str
+    batch: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One subprocess: a phase, or one model of a phase."""
+
+    phase: str
+    case: Case | None
+    weight: float
+
+    @property
+    def name(self) -> str:
+        return self.phase if self.case is None else f"{self.phase} {self.case.model}"
+
+
+# Batches that leave an 80 GB device room without rematerialisation (float32 weights, AdamW; the zoo's attention
+# keeps its scores), and are large enough to keep it busy.
+CASES = (
+    Case("gpt-125m:dtype=bf16", 16),
+    Case("gpt-350m:dtype=bf16", 16, 1.5),
+    Case("gpt-1.3b:dtype=bf16", 8, 2.0),
+    Case("moe-380m:dtype=bf16", 8, 1.5),
+    Case("wresnet-250m:dtype=bf16", 32, 1.5),
+)
+PIPELINE_CASE = Case("gpt-350m:dtype=bf16", 16, 3.0)
+
+TINY_CASES = (
+    Case("gpt:layers=2,hidden=64,heads=4,seq=64,vocab=256", 4),
+    Case("moe:layers=2,hidden=32,heads=2,experts=4,seq=32,vocab=256,ffn=2,group=32", 4),
+    Case("wresnet:layers=14,channels=8,width=2,image=32,classes=16,norm=microbatch", 4),
+)
+TINY_PIPELINE_CASE = Case("gpt:layers=2,hidden=64,heads=4,seq=64,vocab=256", 8)
+
+CALIBRATE_WEIGHT = 4.0
+
+
+def jobs_of(phases: tuple[str, ...], tiny: bool) -> tuple[Job, ...]:
+    """The jobs of some phases, in the order in which they run: the machine file comes before what reads it."""
+    cases = TINY_CASES if tiny else CASES
+    found: list[Job] = []
+    for phase in (name for name in PHASES if name in phases):
+        if phase == "calibrate":
+            found.append(Job(phase, None, CALIBRATE_WEIGHT))
+        elif phase == "pipeline":
+            case = TINY_PIPELINE_CASE if tiny else PIPELINE_CASE
+            found.append(Job(phase, case, case.weight))
+        else:
+            found += [Job(phase, case, case.weight) for case in cases]
+    return tuple(found)
+
+
+def limit_seconds(job: Job, later: tuple[Job, ...], left_seconds: float, stretch: float = 2.0) -> float:
+    """How long a job may take: ``stretch`` times its fair share of what is left, since most jobs end early.
+
+    The last job may use all that is left.
+    """
+    total = job.weight + sum(other.weight for other in later)
+    return min(left_seconds, stretch * left_seconds * job.weight / total)
