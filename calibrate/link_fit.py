@@ -1,31 +1,54 @@
-"""From timings between ranks to a link: each family fitted by itself, residuals and sources kept."""
+"""From timings between ranks to a link: each curve fitted by itself, with ranges, residuals and sources kept.
 
+Curves are the least of up to three straight pieces (``collectives.fit_pieces``); a further piece counts only where it
+predicts sizes better that its fit has not seen.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import msgspec
 import numpy as np
 
-from meshwright.calibrate.fit import FittedFamily, fit_timings
-from meshwright.calibrate.hardware import COLLECTIVE_KINDS, CollectiveFit, Link, Quantity
-from meshwright.calibrate.timing import P2P, NetworkTimings
+from meshwright.calibrate.collectives import PieceFit, fit_pieces
+from meshwright.calibrate.device import ACTIVITIES, Interference
+from meshwright.calibrate.fit import FittedFamily, RateFit, Residual, fit_timings
+from meshwright.calibrate.hardware import COLLECTIVE_KINDS, CollectiveFit, Link, Piece, Quantity
+from meshwright.calibrate.link import MOST_PIECES
+from meshwright.calibrate.timing import P2P, NetworkTimings, Overlap, Timing
 from meshwright.errors import ClusterError
+
+WORTH_A_PIECE = 0.9  # a further piece must bring the held-out error below this share of that with fewer
+LEAST_MISFIT = 0.02  # a curve that a line meets well may still bend where nobody has looked
+LEAST_RATE = 0.01  # of an activity beside others
+
+
+class Doubt(NamedTuple):
+    """A size that is worth measuring next; ``doubt`` grows with the gap around it and the misfit at its ends."""
+
+    doubt: float
+    message_bytes: int
+    seconds: float
 
 
 def link_of(network: NetworkTimings, measured: str) -> tuple[Link, list[FittedFamily]]:
-    """The link, and a row of the residual table for each family.
+    """The link, and a row of the residual table for each curve.
+
+    The entries are those of one group of neighbouring ranks. Strided groups, and all groups of an axis at once, have
+    rows of their own.
 
     Raises:
         ClusterError: no point-to-point transfer was measured.
     """
     rows: list[FittedFamily] = []
     collectives: dict[str, list[CollectiveFit]] = {}
-    for family, ranks in sorted({(timing.family, timing.ranks) for timing in network.timings}):
-        timings = [timing for timing in network.timings if (timing.family, timing.ranks) == (family, ranks)]
+    for (family, ranks, stride, groups), timings in curves(network.timings).items():
         if len({timing.amount for timing in timings}) < 2:
             continue  # the budget ended here; the simulator falls back on the link for this kind
-        rows.append(FittedFamily(family, ranks, fit_timings(timings, f"{measured}, {ranks} ranks"), "B/s"))
-        if family in COLLECTIVE_KINDS:
-            fit = rows[-1].fit
-            entry = CollectiveFit(
-                ranks=ranks, latency_seconds=fit.fixed_seconds, bytes_per_second=fit.amount_per_second
-            )
+        entry, fit = fit_curve(timings, f"{measured}, {ranks} ranks")
+        apart = f", stride {stride}" if stride > 1 else ""
+        rows.append(FittedFamily(f"{family}{apart}" + (f", x{groups}" if groups > 1 else ""), ranks, fit, "B/s"))
+        if family in COLLECTIVE_KINDS and stride == groups == 1:
             collectives.setdefault(family, []).append(entry)
     p2p = next((row.fit for row in rows if row.name == P2P), None)
     if p2p is None:
@@ -38,11 +61,183 @@ def link_of(network: NetworkTimings, measured: str) -> tuple[Link, list[FittedFa
     return link, rows
 
 
+def curves(timings: Iterable[Timing]) -> dict[tuple[str, int, int, int], list[Timing]]:
+    """Timings by family, ranks, stride and groups at once, in this order."""
+    found: dict[tuple[str, int, int, int], list[Timing]] = {}
+    for timing in timings:
+        found.setdefault((timing.family, timing.ranks, timing.stride, timing.groups), []).append(timing)
+    return dict(sorted(found.items()))
+
+
+def fit_curve(timings: Sequence[Timing], source: str) -> tuple[CollectiveFit, RateFit]:
+    """A curve as a machine file has it, and the same by its piece for large messages, for tables.
+
+    One piece has the ranges of ``fit_timings``. Several have one range for all their numbers: the factor by which nine
+    in ten sizes are off, or by which their quartiles are apart, whichever is greater; a machine that is quicker or
+    slower by a factor moves every number by it.
+    """
+    sizes = [timing.amount for timing in timings]
+    pieces = fewest_pieces(sizes, [timing.seconds for timing in timings])
+    text, width = f"{source}; {pieces}", float(np.exp(_log_width(timings, pieces)))
+    if len(pieces.lines) == 1:
+        fit = fit_timings(timings, source)
+        text = f"{fit.fixed_seconds.source}{_held_out(pieces)}"
+        named = RateFit(_renamed(fit.fixed_seconds, text), _renamed(fit.amount_per_second, text), fit.residual)
+    else:
+        fixed, rate = (Quantity(value, text, value / width, value * width) for value in pieces.lines[0])
+        errors = np.abs(pieces.seconds(sizes) / [timing.seconds for timing in timings] - 1)
+        residual = Residual(float(np.median(errors)), float(np.quantile(errors, 0.9)), len(sizes))
+        named = RateFit(fixed, rate, residual)
+    further = tuple(
+        Piece(
+            latency_seconds=Quantity(latency, text, latency / width, latency * width),
+            bytes_per_second=Quantity(per_second, text, per_second / width, per_second * width),
+        )
+        for latency, per_second in pieces.lines[1:]
+    )
+    entry = CollectiveFit(
+        ranks=max(2, timings[0].ranks),
+        latency_seconds=named.fixed_seconds,
+        bytes_per_second=named.amount_per_second,
+        pieces=further,
+    )
+    return entry, named
+
+
+def fewest_pieces(message_bytes: Sequence[float], seconds: Sequence[float]) -> PieceFit:
+    """As few pieces as predict held-out sizes nearly as well as more do; one where there are too few sizes to tell."""
+    best = fit_pieces(message_bytes, seconds, 1)
+    for most in range(2, MOST_PIECES + 1):
+        fit = fit_pieces(message_bytes, seconds, most)
+        if fit.held_out < WORTH_A_PIECE * best.held_out:  # never true of a number that is not one
+            best = fit
+    return best
+
+
+def least_known(timings: Sequence[Timing], candidates: Sequence[int], most_seconds: float) -> Doubt | None:
+    """The candidate that tells most about a curve, by a line through what is known; None where none is affordable.
+
+    Args:
+        candidates: sizes in bytes that were not measured.
+        most_seconds: how long one message may take.
+    """
+    if len({timing.amount for timing in timings}) < 2 or not candidates:
+        return None
+    sizes = np.array(sorted(timing.amount for timing in timings))
+    seconds = np.array([timing.seconds for timing in sorted(timings, key=lambda timing: timing.amount)])
+    fit = fit_timings(timings, "so far")
+    predicted = np.array([fit.seconds(size) for size in sizes])
+    misfit = LEAST_MISFIT + np.abs(np.log(predicted / seconds))
+    found = []
+    for size in candidates:
+        if fit.seconds(size) > most_seconds:
+            continue
+        doublings = np.abs(np.log2(sizes / size))
+        near = np.argsort(doublings, kind="stable")[:2]
+        found.append(Doubt(float(doublings.min() * misfit[near].mean()), size, fit.seconds(size)))
+    return max(found, default=None)
+
+
 def busy_slowdown_of(network: NetworkTimings, measured: str) -> Quantity:
     """Time of a matmul with all ranks busy over its time alone.
 
     Means, not medians: a rank that waits for its turn on a core waits in a few long calls, which a median does not see.
+    The range covers each round by itself.
     """
     alone, busy = float(np.mean(network.alone_seconds)), float(np.mean(network.busy_seconds))
     value = max(1.0, busy / alone)
-    return Quantity(value, f"{measured}, mean time of a matmul on {network.ranks} ranks at once over alone")
+    rounds = [
+        max(1.0, together / single)
+        for shared in network.sharing
+        if shared.ranks == network.ranks
+        for single, together in zip(shared.alone_seconds, shared.busy_seconds, strict=True)
+    ]
+    text = f"{measured}, mean time of a matmul on {network.ranks} ranks at once over alone"
+    return Quantity(value, text, min((value, *rounds)), max((value, *rounds)))
+
+
+def groups_slowdown_of(network: NetworkTimings, measured: str) -> dict[int, Quantity]:
+    """By the number of groups that are at it at once: time of their collectives over that of one group alone.
+
+    Median over kinds, sizes and strides; the range goes from the least to the greatest, but not below 1.
+    """
+    alone = {
+        (timing.family, timing.ranks, timing.stride, timing.amount): timing.seconds
+        for timing in network.timings
+        if timing.groups == 1
+    }
+    ratios: dict[int, list[float]] = {}
+    for timing in network.timings:
+        single = alone.get((timing.family, timing.ranks, timing.stride, timing.amount))
+        if timing.groups > 1 and single is not None:
+            ratios.setdefault(timing.groups, []).append(max(1.0, timing.seconds / single))
+    return {
+        groups: Quantity(
+            float(np.median(found)),
+            f"{measured}, collectives of {groups} groups at once over one alone, {len(found)} pairs",
+            min(found),
+            max(found),
+        )
+        for groups, found in sorted(ratios.items())
+    }
+
+
+def interference_of(network: NetworkTimings, measured: str) -> Interference | None:
+    """How compute and messages slow each other on a rank; None where it was not measured.
+
+    Both of a pair run at one rate, the median over sizes. Where more than two go on, each runs at the least of its
+    rates beside any one of them: such sets were not measured.
+    """
+    if not network.overlaps:
+        return None
+    beside: dict[int, list[float]] = {}
+    for overlap in network.overlaps:
+        beside.setdefault(ACTIVITIES.index(overlap.activity), []).append(pair_rate(overlap))
+    compute = ACTIVITIES.index("compute")
+    pair = np.ones((len(ACTIVITIES), len(ACTIVITIES)))
+    for activity, rates in beside.items():
+        pair[compute, activity] = pair[activity, compute] = np.median(rates)
+    table = []
+    for mask in range(1 << len(ACTIVITIES)):
+        going = [bit for bit in range(len(ACTIVITIES)) if mask >> bit & 1]
+        table.append(
+            tuple(
+                round(float(min((pair[bit, other] for other in going if other != bit), default=1.0)), 4)
+                if bit in going
+                else 1.0
+                for bit in range(len(ACTIVITIES))
+            )
+        )
+    spread = ", ".join(
+        f"{ACTIVITIES[activity]} {min(rates):.2f} to {max(rates):.2f}" for activity, rates in sorted(beside.items())
+    )
+    source = f"{measured}, matmuls beside messages of two ranks: rate {spread}; more than two at once assumed"
+    return Interference(source=source, rates=tuple(table))
+
+
+def pair_rate(overlap: Overlap) -> float:
+    """The one rate at which two activities run while both go on, from when the last of them ends.
+
+    With a <= b alone the shorter ends at a / r and the rest of the longer takes b - a: together = a / r + b - a.
+    Half is one after the other, 1 side by side.
+    """
+    shorter, longer = sorted((overlap.compute_seconds, overlap.message_seconds))
+    shared = overlap.together_seconds - (longer - shorter)
+    return 1.0 if shared <= shorter else max(LEAST_RATE, shorter / shared)
+
+
+def _log_width(timings: Sequence[Timing], pieces: PieceFit) -> float:
+    seconds = np.array([timing.seconds for timing in timings])
+    errors = np.abs(np.log(pieces.seconds([timing.amount for timing in timings]) / seconds))
+    apart = [
+        np.log(max(timing.high_seconds / timing.seconds, timing.seconds / timing.low_seconds)) for timing in timings
+    ]
+    return float(max(np.quantile(errors, 0.9), np.quantile(apart, 0.9)))
+
+
+def _held_out(pieces: PieceFit) -> str:
+    return "" if np.isnan(pieces.held_out) else f", at sizes held out mean {pieces.held_out:.0%}"
+
+
+def _renamed(quantity: Quantity, source: str) -> Quantity:
+    return msgspec.structs.replace(quantity, source=source)
