@@ -5,9 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from meshwright.calibrate.fit import FittedFamily, RateFit, fit_timings
 from meshwright.calibrate.hardware import Cluster, Device, Host, Quantity, parse_cluster
-from meshwright.calibrate.link_fit import busy_slowdown_of, link_of
+from meshwright.calibrate.link_fit import (
+    busy_slowdown_of,
+    busy_slowdowns_of,
+    interference_of,
+    link_of,
+    notes_of,
+)
 from meshwright.calibrate.timing import DISPATCH, LAUNCH, MATMUL, MEMORY, ComputeTimings, NetworkTimings, Timing
 from meshwright.errors import ClusterError
 
@@ -53,6 +61,8 @@ def assemble(compute: ComputeTimings, network: NetworkTimings | None, measured: 
     else:
         link, link_rows = link_of(network, measured)
         rows += link_rows
+        notes += notes_of(network)
+        device = msgspec.structs.replace(device, interference=interference_of(network, measured))
     host = Host(
         device=device,
         devices=devices,
@@ -60,6 +70,7 @@ def assemble(compute: ComputeTimings, network: NetworkTimings | None, measured: 
         link=link,
         share_cores=on_cpu,
         busy_slowdown=busy_slowdown_of(network, measured) if network and on_cpu else None,
+        busy_slowdowns=busy_slowdowns_of(network, measured) if network and on_cpu else (),
     )
     name = "calibrated " + ("cpu" if on_cpu else compute.device_kind)
     cluster = Cluster(name=name, hosts=(host,), inter_host=shipped.inter_host, notes=tuple(notes))

@@ -50,7 +50,8 @@ class Host(Record, frozen=True, kw_only=True):
     """One machine: equal devices, the link between them, and the cores that feed them.
 
     On a CPU machine ``share_cores`` is true: its devices are ranks that take turns on the cores. ``busy_slowdown`` is
-    then the measured time of a matmul with all ``devices`` busy, over its time alone (1 for separate devices).
+    then the measured time of a matmul with all ``devices`` busy, over its time alone (1 for separate devices);
+    ``busy_slowdowns`` the same with 2, 3, ... ``devices`` busy, where each was measured.
 
     ``nics`` network cards carry what the devices send to other hosts, each its part of the network's
     ``host_bytes_per_second``; ``pcie`` is the way between one device and the host's memory.
@@ -62,6 +63,7 @@ class Host(Record, frozen=True, kw_only=True):
     link: Link
     share_cores: bool = False
     busy_slowdown: Quantity | None = None
+    busy_slowdowns: tuple[Quantity, ...] = ()
     nics: int = 1
     pcie: Link | None = None
 
@@ -74,14 +76,26 @@ class Host(Record, frozen=True, kw_only=True):
                 f"busy_slowdown.value is {self.busy_slowdown.value:g} with share_cores {self.share_cores}; "
                 "a number of at least 1 is needed, and only where devices share cores"
             )
+        if self.busy_slowdowns and not (
+            self.busy_slowdown is not None
+            and len(self.busy_slowdowns) == self.devices - 1
+            and all(quantity.value >= 1 for quantity in self.busy_slowdowns)
+        ):
+            values = ", ".join(f"{quantity.value:g}" for quantity in self.busy_slowdowns)
+            raise ClusterError(
+                f"busy_slowdowns are {values}; beside busy_slowdown, numbers of at least 1 are needed, "
+                f"one for each of 2 to {self.devices} busy devices"
+            )
 
     def slowdown(self, busy_devices: int) -> float:
         """How many times slower each of ``busy_devices`` devices computes than one alone.
 
-        Measured at all devices busy and linear in between; without a measurement, cores are shared out fairly.
+        Where only all devices were measured, linear in between; without a measurement, cores are shared out fairly.
         """
         if not self.share_cores or busy_devices <= 1:
             return 1.0
+        if self.busy_slowdowns:
+            return self.busy_slowdowns[min(busy_devices, self.devices) - 2].value
         if self.busy_slowdown is None or self.devices == 1:
             return max(1.0, busy_devices / self.cores)
         return 1.0 + (self.busy_slowdown.value - 1.0) * (busy_devices - 1) / (self.devices - 1)
@@ -99,8 +113,23 @@ class Host(Record, frozen=True, kw_only=True):
             overhead = busy.value / max(1.0, self.devices / self.cores)
             value = max(1.0, overhead * max(1.0, devices / self.cores)) if devices > 1 else 1.0
             busy = Quantity(value, f"scaled from {self.devices} to {devices} ranks: {busy.source}")
+        by_count = self.busy_slowdowns[: devices - 1]
+        if by_count:
+            more = (self._beyond(count) for count in range(self.devices + 1, devices + 1))
+            by_count = (*by_count, *more)
+            busy = by_count[-1]
         device = msgspec.structs.replace(self.device, memory_bytes=memory)
-        return msgspec.structs.replace(self, device=device, devices=devices, busy_slowdown=busy)
+        return msgspec.structs.replace(
+            self, device=device, devices=devices, busy_slowdown=busy, busy_slowdowns=by_count
+        )
+
+    def _beyond(self, busy_devices: int) -> Quantity:
+        """The slowdown of more busy devices than were measured: it grows as the cores' shares shrink."""
+        largest = self.busy_slowdowns[-1]
+        factor = max(1.0, busy_devices / self.cores) / max(1.0, self.devices / self.cores)
+        scaled = largest.scaled(factor)
+        source = f"scaled from {self.devices} to {busy_devices} ranks: {largest.source}"
+        return Quantity(scaled.value, source, scaled.low, scaled.high)
 
 
 class Cluster(Record, frozen=True, kw_only=True):

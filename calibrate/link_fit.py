@@ -15,7 +15,7 @@ from meshwright.calibrate.device import ACTIVITIES, Interference
 from meshwright.calibrate.fit import FittedFamily, RateFit, Residual, fit_timings
 from meshwright.calibrate.hardware import COLLECTIVE_KINDS, CollectiveFit, Link, Piece, Quantity
 from meshwright.calibrate.link import MOST_PIECES
-from meshwright.calibrate.timing import P2P, NetworkTimings, Overlap, Timing
+from meshwright.calibrate.timing import P2P, BusyRanks, NetworkTimings, Overlap, Timing
 from meshwright.errors import ClusterError
 
 WORTH_A_PIECE = 0.9  # a further piece must bring the held-out error below this share of that with fewer
@@ -142,18 +142,32 @@ def busy_slowdown_of(network: NetworkTimings, measured: str) -> Quantity:
     """Time of a matmul with all ranks busy over its time alone.
 
     Means, not medians: a rank that waits for its turn on a core waits in a few long calls, which a median does not see.
-    The range covers each round by itself.
     """
-    alone, busy = float(np.mean(network.alone_seconds)), float(np.mean(network.busy_seconds))
-    value = max(1.0, busy / alone)
-    rounds = [
-        max(1.0, together / single)
-        for shared in network.sharing
-        if shared.ranks == network.ranks
-        for single, together in zip(shared.alone_seconds, shared.busy_seconds, strict=True)
-    ]
-    text = f"{measured}, mean time of a matmul on {network.ranks} ranks at once over alone"
-    return Quantity(value, text, min((value, *rounds)), max((value, *rounds)))
+    by_count = busy_slowdowns_of(network, measured)
+    if by_count:
+        return by_count[-1]
+    value = max(1.0, float(np.mean(network.busy_seconds)) / float(np.mean(network.alone_seconds)))
+    return Quantity(value, f"{measured}, mean time of a matmul on {network.ranks} ranks at once over alone")
+
+
+def busy_slowdowns_of(network: NetworkTimings, measured: str) -> tuple[Quantity, ...]:
+    """The same with 2, 3, ... all ranks busy, as ``Host`` wants it; numbers that were not measured lie in between."""
+    measured_counts = [1, *(shared.ranks for shared in network.sharing)]
+    if measured_counts[-1] != network.ranks or network.ranks == 1:
+        return ()
+    ratios = [(1.0, 1.0, 1.0), *(_slowdown(shared) for shared in network.sharing)]
+    found = []
+    for count in range(2, network.ranks + 1):
+        value, low, high = (float(np.interp(count, measured_counts, column)) for column in zip(*ratios, strict=True))
+        how = "mean time of a matmul" if count in measured_counts else "interpolated time of a matmul"
+        found.append(Quantity(value, f"{measured}, {how} on {count} ranks at once over alone", low, high))
+    return tuple(found)
+
+
+def _slowdown(shared: BusyRanks) -> tuple[float, float, float]:
+    """Mean, least and greatest of the rounds; what is below 1 is noise."""
+    rounds = np.maximum(1.0, np.array(shared.busy_seconds) / np.array(shared.alone_seconds))
+    return float(rounds.mean()), float(rounds.min()), float(rounds.max())
 
 
 def groups_slowdown_of(network: NetworkTimings, measured: str) -> dict[int, Quantity]:
@@ -182,21 +196,30 @@ def groups_slowdown_of(network: NetworkTimings, measured: str) -> dict[int, Quan
     }
 
 
+def notes_of(network: NetworkTimings) -> list[str]:
+    """What was learnt of the links that no field of a machine file holds."""
+    return [
+        f"collectives of {groups} groups at once took {slowdown.value:.2f} times as long as those of one group "
+        f"({slowdown.low:.2f} to {slowdown.high:.2f})"
+        for groups, slowdown in groups_slowdown_of(network, "measured").items()
+    ]
+
+
 def interference_of(network: NetworkTimings, measured: str) -> Interference | None:
     """How compute and messages slow each other on a rank; None where it was not measured.
 
-    Both of a pair run at one rate, the median over sizes. Where more than two go on, each runs at the least of its
+    Both of a pair run at one rate. Where more than two go on, each runs at the least of its
     rates beside any one of them: such sets were not measured.
     """
     if not network.overlaps:
         return None
-    beside: dict[int, list[float]] = {}
+    beside: dict[int, list[Overlap]] = {}
     for overlap in network.overlaps:
-        beside.setdefault(ACTIVITIES.index(overlap.activity), []).append(pair_rate(overlap))
+        beside.setdefault(ACTIVITIES.index(overlap.activity), []).append(overlap)
     compute = ACTIVITIES.index("compute")
     pair = np.ones((len(ACTIVITIES), len(ACTIVITIES)))
-    for activity, rates in beside.items():
-        pair[compute, activity] = pair[activity, compute] = np.median(rates)
+    for activity, overlaps in beside.items():
+        pair[compute, activity] = pair[activity, compute] = pair_rate(overlaps)
     table = []
     for mask in range(1 << len(ACTIVITIES)):
         going = [bit for bit in range(len(ACTIVITIES)) if mask >> bit & 1]
@@ -208,22 +231,27 @@ def interference_of(network: NetworkTimings, measured: str) -> Interference | No
                 for bit in range(len(ACTIVITIES))
             )
         )
-    spread = ", ".join(
-        f"{ACTIVITIES[activity]} {min(rates):.2f} to {max(rates):.2f}" for activity, rates in sorted(beside.items())
-    )
-    source = f"{measured}, matmuls beside messages of two ranks: rate {spread}; more than two at once assumed"
+    spread = ", ".join(f"{ACTIVITIES[activity]} {_spread(overlaps)}" for activity, overlaps in sorted(beside.items()))
+    source = f"{measured}, matmuls beside messages of two ranks: {spread}; more than two at once assumed"
     return Interference(source=source, rates=tuple(table))
 
 
-def pair_rate(overlap: Overlap) -> float:
+def pair_rate(overlaps: Sequence[Overlap]) -> float:
     """The one rate at which two activities run while both go on, from when the last of them ends.
 
-    With a <= b alone the shorter ends at a / r and the rest of the longer takes b - a: together = a / r + b - a.
-    Half is one after the other, 1 side by side.
+    With a <= b alone the shorter ends at a / r and the rest of the longer takes b - a: together = a / r + b - a. Half
+    is one after the other, 1 side by side. Of several measurements it is sum a / sum (together - (b - a)): those with
+    more to share tell more.
     """
-    shorter, longer = sorted((overlap.compute_seconds, overlap.message_seconds))
-    shared = overlap.together_seconds - (longer - shorter)
+    shorter = sum(min(overlap.compute_seconds, overlap.message_seconds) for overlap in overlaps)
+    longer = sum(max(overlap.compute_seconds, overlap.message_seconds) for overlap in overlaps)
+    shared = sum(overlap.together_seconds for overlap in overlaps) - (longer - shorter)
     return 1.0 if shared <= shorter else max(LEAST_RATE, shorter / shared)
+
+
+def _spread(overlaps: Sequence[Overlap]) -> str:
+    rates = [pair_rate([overlap]) for overlap in overlaps]
+    return f"{min(rates):.2f} to {max(rates):.2f}"
 
 
 def _log_width(timings: Sequence[Timing], pieces: PieceFit) -> float:

@@ -32,7 +32,7 @@ from meshwright.calibrate.traffic import (
 COARSE_SIZES_BYTES = (1 << 16, 1 << 22, 1 << 10, 1 << 19, 1 << 13, 1 << 24)  # the first two make a line
 SIZES_BYTES = tuple(1 << power for power in range(10, 30))
 PATTERN_SIZES_BYTES = (1 << 16, 1 << 22)  # for strides and for groups at once, which are compared with one group
-OVERLAP_SIZES_BYTES = (1 << 18, 1 << 22)
+OVERLAP_SIZES_BYTES = (1 << 20, 1 << 23)
 COMPILE_SECONDS = 0.3  # about what a new shape takes before its first call
 CALLS = 8  # a measurement's fewest: warming, the trial, and those that count
 MOST_OF_WHAT_IS_LEFT = 4  # one size takes at most this part of the time left
@@ -246,7 +246,7 @@ def coarse_cases(ranks: int) -> list[Case]:
     ]
     beside = [
         Case(kind, pattern, size)
-        for kind in ("all_reduce", "all_gather", "all_to_all")
+        for kind in ("all_reduce", "all_gather")
         for pattern in dict.fromkeys(patterns)
         for size in PATTERN_SIZES_BYTES
     ]

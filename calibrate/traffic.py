@@ -6,7 +6,7 @@ take the executor's own transport. Each function is called by all ranks that tak
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -195,18 +195,21 @@ def _mesh(pattern: Pattern) -> Mesh:
 
 
 def _compiled(kind: str, pattern: Pattern, message_bytes: int) -> tuple[Callable[[Any], Any], jax.Array, int]:
-    body, local_share = COLLECTIVES[kind]
     ranks = pattern.ranks
     elements = -(-message_bytes // ITEM_BYTES // ranks**2) * ranks**2
-    local_elements = elements if local_share == "whole" else elements // ranks
-    spec = PartitionSpec(AXES)
-    mesh = _mesh(pattern)
+    local_elements = elements if COLLECTIVES[kind][1] == "whole" else elements // ranks
+    shape = (pattern.groups * ranks, local_elements)
+    sharding = NamedSharding(_mesh(pattern), PartitionSpec(AXES))
     local = jax.device_put(_numbers(local_elements).reshape(1, -1))
-    array = jax.make_array_from_single_device_arrays(
-        (pattern.groups * ranks, local_elements), NamedSharding(mesh, spec), [local]
-    )
-    run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-    return run.lower(array).compile(), array, elements * ITEM_BYTES
+    array = jax.make_array_from_single_device_arrays(shape, sharding, [local])
+    return _program(kind, sharding, shape), array, elements * ITEM_BYTES
+
+
+@cache  # compiled once for both rounds; arrays are not kept
+def _program(kind: str, sharding: NamedSharding, shape: tuple[int, int]) -> Callable[[Any], Any]:
+    spec = sharding.spec
+    run = jax.shard_map(COLLECTIVES[kind][0], mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.jit(run).lower(jax.ShapeDtypeStruct(shape, FLOAT32, sharding=sharding)).compile()
 
 
 def _numbers(elements: int) -> np.ndarray:
