@@ -20,6 +20,7 @@ from meshwright.errors import ClusterError
 
 WORTH_A_PIECE = 0.9  # a further piece must bring the held-out error below this share of that with fewer
 LEAST_MISFIT = 0.02  # a curve that a line meets well may still bend where nobody has looked
+FARTHEST = 8  # times beyond what was measured: the time of larger messages is a guess
 LEAST_RATE = 0.01  # of an activity beside others
 
 
@@ -130,7 +131,7 @@ def least_known(timings: Sequence[Timing], candidates: Sequence[int], most_secon
     misfit = LEAST_MISFIT + np.abs(np.log(predicted / seconds))
     found = []
     for size in candidates:
-        if fit.seconds(size) > most_seconds:
+        if fit.seconds(size) > most_seconds or not sizes[0] / FARTHEST <= size <= sizes[-1] * FARTHEST:
             continue
         doublings = np.abs(np.log2(sizes / size))
         near = np.argsort(doublings, kind="stable")[:2]

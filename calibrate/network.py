@@ -35,9 +35,10 @@ PATTERN_SIZES_BYTES = (1 << 16, 1 << 22)  # for strides and for groups at once, 
 OVERLAP_SIZES_BYTES = (1 << 20, 1 << 23)
 COMPILE_SECONDS = 0.3  # about what a new shape takes before its first call
 CALLS = 8  # a measurement's fewest: warming, the trial, and those that count
-MOST_OF_WHAT_IS_LEFT = 4  # one size takes at most this part of the time left
+MOST_OF_WHAT_IS_LEFT = 8  # one size takes at most this part of the time left
 ROUND_SHARE = 0.35  # of the budget, for each of the two rounds over the coarse grid
-PROBE_SHARE = 1 / 40  # of the budget, for each matmul that is timed alone or with other ranks busy
+PROBE_SHARE = 1 / 40  # of the budget, for a matmul on each number of ranks in each round
+PROBE_TURNS = 4  # in which all numbers of ranks take turns, so that what is compared saw the same moments
 LEAST_SAMPLE_SECONDS = 0.02
 
 
@@ -179,12 +180,15 @@ class _Session:
 
     def _busy_matmuls(self) -> None:
         """A matmul on one rank alone, and on more and more at once."""
-        seconds = min(1.0, PROBE_SHARE * self.budget_seconds)
-        for count, rounds in self.matmul_seconds.items():
-            self.progress(min(1.0, self._spent() / self.budget_seconds), f"one matmul on {count} ranks at once")
-            if self.comm.rank < count:
-                rounds.append(busy_matmul_seconds(seconds))
-            wait_for_all(self.comm)
+        self.progress(min(1.0, self._spent() / self.budget_seconds), "one matmul on more and more ranks")
+        seconds = min(1.0, PROBE_SHARE * self.budget_seconds) / PROBE_TURNS
+        for rounds in self.matmul_seconds.values():
+            rounds.append([])
+        for _ in range(PROBE_TURNS):
+            for count, rounds in self.matmul_seconds.items():
+                if self.comm.rank < count:
+                    rounds[-1] += busy_matmul_seconds(seconds)
+                wait_for_all(self.comm)
 
     def _overlap(self, seconds: float) -> None:
         """Messages beside compute, on two ranks."""
@@ -265,13 +269,13 @@ def most_bytes(ranks: int) -> int:
 
 
 def merged(case: Case, rounds: Iterable[tuple[float, list[float]]]) -> Timing:
-    """Median of all rounds; the spread goes from the least to the greatest quartile of any round."""
+    """The median of the quieter round, since other work only adds; the spread holds the quartiles of every round."""
     moved, samples = zip(*rounds, strict=True)
     quartiles = np.array([np.quantile(taken, [0.25, 0.5, 0.75]) for taken in samples])
     return Timing(
         family=case.family,
         amount=moved[0],
-        seconds=float(np.median(quartiles[:, 1])),
+        seconds=float(quartiles[:, 1].min()),
         low_seconds=float(quartiles[:, 0].min()),
         high_seconds=float(quartiles[:, 2].max()),
         repeats=sum(len(taken) for taken in samples),
