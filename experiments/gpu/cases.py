@@ -31,15 +31,16 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One subprocess: a phase, or one model of a phase."""
+    """One subprocess: a phase, one model of a phase, or one way to run it (``variant``, of ``mfu``)."""
 
     phase: str
     case: Case | None
     weight: float
+    variant: str = ""
 
     @property
     def name(self) -> str:
-        return self.phase if self.case is None else f"{self.phase} {self.case.model}"
+        return " ".join(word for word in (self.phase, self.case.model if self.case else "", self.variant) if word)
 
 
 # Batches that leave an 80 GB device room without rematerialisation (float32 weights, AdamW; the zoo's attention
@@ -61,27 +62,35 @@ TINY_CASES = (
 TINY_PIPELINE_CASE = Case("gpt:layers=2,hidden=64,heads=4,seq=64,vocab=256", 8)
 
 CALIBRATE_WEIGHT = 4.0
+STRETCH = 3.0
 
 
 def jobs_of(phases: tuple[str, ...], tiny: bool) -> tuple[Job, ...]:
-    """The jobs of some phases, in the order in which they run: the machine file comes before what reads it."""
+    """The jobs of some phases, in the order in which they run.
+
+    The machine file comes before what reads it, and first what the tables need most: plain JAX with XLA's attention,
+    then the pipeline, then fused attention and the zoo's own loss.
+    """
     cases = TINY_CASES if tiny else CASES
-    found: list[Job] = []
-    for phase in (name for name in PHASES if name in phases):
-        if phase == "calibrate":
-            found.append(Job(phase, None, CALIBRATE_WEIGHT))
-        elif phase == "pipeline":
-            case = TINY_PIPELINE_CASE if tiny else PIPELINE_CASE
-            found.append(Job(phase, case, case.weight))
-        else:
-            found += [Job(phase, case, case.weight) for case in cases]
-    return tuple(found)
+    pipeline_case = TINY_PIPELINE_CASE if tiny else PIPELINE_CASE
+    fused = [case for case in cases if not (tiny or case.model.startswith("wresnet"))]
+    every = (
+        Job("calibrate", None, CALIBRATE_WEIGHT),
+        *(Job("train", case, case.weight) for case in cases),
+        *(Job("mfu", case, case.weight, "xla") for case in cases),
+        Job("pipeline", pipeline_case, pipeline_case.weight),
+        *(Job("mfu", case, case.weight, "cudnn") for case in fused),
+        *(Job("mfu", case, case.weight, "zoo") for case in cases),
+    )
+    return tuple(job for job in every if job.phase in phases)
 
 
-def limit_seconds(job: Job, later: tuple[Job, ...], left_seconds: float, stretch: float = 2.0) -> float:
-    """How long a job may take: ``stretch`` times its fair share of what is left, since most jobs end early.
+def limit_seconds(job: Job, later: tuple[Job, ...], left_seconds: float) -> float:
+    """How long a job may take, of what is left for it and those after it.
 
-    The last job may use all that is left.
+    Calibration uses all that it gets, so it gets its fair share; others end early as a rule, and may take a few times
+    theirs (``STRETCH``). The last job may use all that is left.
     """
     total = job.weight + sum(other.weight for other in later)
-    return min(left_seconds, stretch * left_seconds * job.weight / total)
+    stretch = 1.0 if job.phase == "calibrate" else STRETCH
+    return left_seconds * min(1.0, stretch * job.weight / total)

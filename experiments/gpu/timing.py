@@ -2,10 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 WARM_UP_STEPS = 3
-FEWEST_STEPS, MOST_STEPS = 5, 50
+FEWEST_STEPS, MOST_STEPS = 5, 30
 
 
 def spread(samples: list[float]) -> dict[str, float]:
@@ -39,7 +39,7 @@ def memory_in_use() -> dict[str, int]:
     return {name: int(stats[name]) for name in ("bytes_in_use", "peak_bytes_in_use", "bytes_limit") if name in stats}
 
 
-def limit_of_memory(environment: dict[str, str], fraction: float) -> dict[str, str]:
+def limit_of_memory(environment: Mapping[str, str], fraction: float) -> dict[str, str]:
     """The environment with the share of the device's memory that JAX takes at its start.
 
     JAX refuses the variable's old name beside its new one (jaxlib 0.11, ``xla_client.py``), so the new one is left out.
