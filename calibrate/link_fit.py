@@ -189,9 +189,9 @@ def busy_slowdowns_of(network: NetworkTimings, measured: str) -> tuple[Quantity,
 
 
 def _slowdown(shared: BusyRanks) -> tuple[float, float, float]:
-    """Mean, least and greatest of the rounds; what is below 1 is noise."""
-    rounds = np.maximum(1.0, np.array(shared.busy_seconds) / np.array(shared.alone_seconds))
-    return float(rounds.mean()), float(rounds.min()), float(rounds.max())
+    """Median, least and greatest of the turns; what is below 1 is noise."""
+    turns = np.maximum(1.0, np.array(shared.busy_seconds) / np.array(shared.alone_seconds))
+    return float(np.median(turns)), float(turns.min()), float(turns.max())
 
 
 def groups_slowdown_of(network: NetworkTimings, measured: str) -> dict[int, Quantity]:

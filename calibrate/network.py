@@ -182,12 +182,10 @@ class _Session:
         """A matmul on one rank alone, and on more and more at once."""
         self.progress(min(1.0, self._spent() / self.budget_seconds), "one matmul on more and more ranks")
         seconds = min(1.0, PROBE_SHARE * self.budget_seconds) / PROBE_TURNS
-        for rounds in self.matmul_seconds.values():
-            rounds.append([])
         for _ in range(PROBE_TURNS):
-            for count, rounds in self.matmul_seconds.items():
+            for count, turns in self.matmul_seconds.items():
                 if self.comm.rank < count:
-                    rounds[-1] += busy_matmul_seconds(seconds)
+                    turns.append(busy_matmul_seconds(seconds))
                 wait_for_all(self.comm)
 
     def _overlap(self, seconds: float) -> None:
@@ -298,5 +296,5 @@ def _subgroup(comm: MPI.Intracomm, ranks: frozenset[int]) -> MPI.Intracomm | Non
     return group if isinstance(group, MPI.Intracomm) and group != MPI.COMM_NULL else None
 
 
-def _means(rounds: Iterable[list[float]]) -> tuple[float, ...]:
-    return tuple(float(np.mean(taken)) for taken in rounds)
+def _means(turns: Iterable[list[float]]) -> tuple[float, ...]:
+    return tuple(float(np.mean(taken)) for taken in turns)

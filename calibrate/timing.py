@@ -6,18 +6,23 @@ from collections.abc import Callable, Sequence
 import msgspec
 import numpy as np
 
-# Families of timings, each of which is fitted by itself; a collective's family is its kind.
-DISPATCH, LAUNCH, MEMORY, MATMUL, P2P = "dispatch", "launch", "memory", "matmul ", "p2p"
+# Families of timings, each of which is fitted by itself; a collective's family is its kind. Those that end with a
+# space are followed by what they come in: a dtype, or the kind of kernel.
+DISPATCH, ARGUMENT, LAUNCH, MATMUL, P2P = "dispatch", "argument", "launch", "matmul ", "p2p"
+ATTENTION, CONVOLUTION, MEMORY, COPY = "attention ", "convolution ", "memory ", "copy "
 
 MOST_REPEATS = 200
 FEWEST_REPEATS = 5
+BATCH_SECONDS = 5e-4  # calls are waited for in batches of about this long
+MOST_CALLS = 256  # of a batch
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Repeated measurement of one thing: its family (one fit each), its size and the spread of its times.
 
     ``amount`` is FLOPs for matmuls and bytes for everything else; ``ranks`` is 1 unless ranks work together. Ranks of
-    one group are ``stride`` apart, and ``groups`` such groups were at it at once.
+    one group are ``stride`` apart, and ``groups`` such groups were at it at once. ``shape`` is a kernel's (its meaning
+    is the family's, see ``benchmarks``), ``rounds`` the median of each round in which it was measured.
     """
 
     family: str
@@ -29,6 +34,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ranks: int = 1
     stride: int = 1
     groups: int = 1
+    shape: tuple[int, ...] = ()
+    rounds: tuple[float, ...] = ()
 
 
 class ComputeTimings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,10 +49,12 @@ class ComputeTimings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     jax_version: str
     settings: str  # the environment that decides how many threads compute
     timings: tuple[Timing, ...]
+    compute_units: int = 1  # multiprocessors of a GPU
+    skipped: tuple[str, ...] = ()  # families that this device or this JAX does not run, with the reason
 
 
 class BusyRanks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Mean times of one matmul in each round: on one rank alone, and on ``ranks`` ranks at once."""
+    """Mean times of one matmul in each of some turns: on one rank alone, and on ``ranks`` ranks at once."""
 
     ranks: int
     alone_seconds: tuple[float, ...]
@@ -98,6 +107,63 @@ def sample(call: Callable[[], object], repeats: int) -> list[float]:
         call()
         samples.append(time.perf_counter() - start)
     return samples
+
+
+def merged(timings: Sequence[Timing]) -> Timing:
+    """One timing of several rounds of the same thing: the geometric mean of medians, and a spread that covers all."""
+    first = timings[0]
+    medians = [timing.seconds for timing in timings]
+    middle = float(np.exp(np.mean(np.log(np.maximum(medians, 1e-12))))) if min(medians) > 0 else float(np.mean(medians))
+    return msgspec.structs.replace(
+        first,
+        seconds=middle,
+        low_seconds=min(middle, *(timing.low_seconds for timing in timings)),
+        high_seconds=max(middle, *(timing.high_seconds for timing in timings)),
+        repeats=sum(timing.repeats for timing in timings),
+        rounds=tuple(medians),
+    )
+
+
+def widened(timings: Sequence[Timing]) -> tuple[Timing, ...]:
+    """The same, those seen in one round with a spread that also has what rounds typically differ by.
+
+    That is the 90 % quantile of |log(a later round / the first)| over whatever was measured in more than one.
+    """
+    apart = [
+        abs(float(np.log(later / timing.rounds[0])))
+        for timing in timings
+        for later in timing.rounds[1:]
+        if min(later, timing.rounds[0]) > 0
+    ]
+    factor = float(np.exp(np.quantile(apart, 0.9))) if apart else 1.0
+    return tuple(
+        timing
+        if len(timing.rounds) > 1
+        else msgspec.structs.replace(
+            timing,
+            low_seconds=min(timing.low_seconds, timing.seconds / factor),
+            high_seconds=max(timing.high_seconds, timing.seconds * factor),
+        )
+        for timing in timings
+    )
+
+
+def sample_batches(start: Callable[[], object], wait: Callable[[object], object], budget_seconds: float) -> list[float]:
+    """Seconds of one call, from batches of calls that are started in a row and waited for once.
+
+    JAX returns from a call before the device is done: a wait after each call would count the host's way to the device
+    and back as the kernel's time. A program is warmed (it may compile) and tried before its batch is sized.
+    """
+    wait(start())
+    trial = min(sample(lambda: wait(start()), 2))
+    calls = int(np.clip(BATCH_SECONDS / max(trial, 1e-9), 1, MOST_CALLS))
+
+    def batch() -> object:
+        results = [start() for _ in range(calls)]
+        return wait(results)
+
+    repeats = repeats_within(trial * calls, budget_seconds)
+    return [seconds / calls for seconds in sample(batch, repeats)]
 
 
 def repeats_within(trial_seconds: float, budget_seconds: float) -> int:
