@@ -13,14 +13,15 @@ from meshwright.calibrate.hardware import Cluster
 from meshwright.errors import MeshwrightError
 from meshwright.simulate.schedules.table import SCHEDULES
 from meshwright.simulate.workload.grid import Grid, Recompute, spread_layers, stage_layers
-from meshwright.simulate.workload.stack import STACKS, Stack
+from meshwright.simulate.workload.predict import predict_grid
+from meshwright.simulate.workload.stack import Stack, find_stack
 from meshwright.simulate.workload.transformer import Transformer
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 
 
 class Framework(NamedTuple):
-    """What is taken of a framework where a row does not say it."""
+    """What is taken of a framework where a row does not say it; ``pattern`` matches its name and the model's."""
 
     pattern: str
     stack: str
@@ -33,6 +34,7 @@ FRAMEWORKS = (
     Framework(r".*(Core|NeMo|Bridge).*", "megatron-core", True, True, None),
     Framework(r"InternEvo.*", "megatron-core", True, False, "bf16"),
     Framework(r"Megatron-LM \(zero-bubble.*", "megatron-core", False, False, "fp16"),
+    Framework(r"(Megatron-)?DeepSpeed.*(OPT|Neo)-.*", "huggingface-deepspeed", False, False, "fp16"),
     Framework(r"(Megatron-)?DeepSpeed.*", "megatron-deepspeed", False, False, "fp16"),
     Framework(r"Megatron-LM.*", "megatron-2021", False, False, "fp16"),
     Framework(r".*(FSDP|torchtitan|fms).*", "fsdp", True, False, "bf16"),
@@ -95,16 +97,24 @@ def read_case(row: Row) -> Case:
         stage_layers(model, grid)
     except MeshwrightError as error:
         raise Refused("the model does not divide over the grid", f"line {row.line}: {error}") from None
-    stack = STACKS[framework.stack]
+    stack = find_stack(framework.stack, system_of(row))
     if "compile" in row.text("notes") and not stack.fused_pointwise:
         stack = replace(stack, fused_pointwise=True)
+    if not row.text("mbs"):
+        assumed.append("micro-batches of the size predicted quickest")
+        grid = _quickest(model, cluster, grid, stack)
     return Case(row, model, cluster, grid, stack, seconds, tuple(assumed))
+
+
+def system_of(row: Row) -> str:
+    """What constants are fitted to: the devices and the place of a row, as one source has them."""
+    return f"{row.text('source_id')}: {row.text('hardware')}"
 
 
 def _framework(row: Row) -> Framework:
     name = row.text("framework")
     for framework in FRAMEWORKS:
-        if re.fullmatch(framework.pattern, name):
+        if name and re.fullmatch(framework.pattern, f"{name} {row.text('model')}"):
             return framework
     raise Refused(f"no software stack for framework {name or '(empty)'}")
 
@@ -163,8 +173,6 @@ def _grid(row: Row, model: Transformer, framework: Framework, assumed: list[str]
         )
     if not row.text("gbs"):
         assumed.append("one micro-batch a step")
-    if not row.text("mbs"):
-        assumed.append("micro-batch of 1")
     if not row.text("recompute"):
         assumed.append("no recomputation")
     chunks, schedule = _schedule(row, model, pipeline, assumed)
@@ -188,6 +196,24 @@ def _grid(row: Row, model: Transformer, framework: Framework, assumed: list[str]
         fused_attention=_fused(row, framework, assumed),
     )
     return replace(grid, layers_per_stage=_layers(row, model, grid, assumed))
+
+
+def _quickest(model: Transformer, cluster: Cluster, grid: Grid, stack: Stack) -> Grid:
+    """The grid with the micro-batches of a power of two that are predicted quickest of those that fit into memory."""
+    best, least = grid, float("inf")
+    size = 1
+    while grid.batch % (grid.data * size) == 0:
+        tried = replace(grid, microbatch_size=size)
+        try:
+            step = predict_grid(model, cluster, tried, stack)
+        except MeshwrightError:
+            break  # the schedule has no rule for so few micro-batches
+        if step.peak_bytes > cluster.device(0).memory_bytes.value:
+            break
+        if step.iteration_seconds < least:
+            best, least = tried, step.iteration_seconds
+        size *= 2
+    return best
 
 
 def _schedule(row: Row, model: Transformer, pipeline: int, assumed: list[str]) -> tuple[int, str]:

@@ -135,7 +135,7 @@ def head_pieces(local: Local) -> tuple[Piece, ...]:
 
 def _pointwise(name: str, bytes: float, backward_bytes: float | None = None, *, core: bool = False) -> Piece:
     back = bytes if backward_bytes is None else backward_bytes
-    return Piece(name, (Pointwise(bytes=bytes),), (Pointwise(bytes=back),), core=core)
+    return Piece(name, (Pointwise(bytes=bytes),), (Pointwise(bytes=back),) if back else (), core=core)
 
 
 def _norm(local: Local, name: str) -> Piece:
@@ -233,10 +233,25 @@ def _attention(local: Local) -> Iterator[Piece]:
         )
     )
     yield Piece("scores", (score,), (weigh, to_keys), core=True)
-    yield _pointwise("softmax", 2 * held, 3 * held, core=True)
+    if local.stack.fused_softmax:
+        yield _pointwise("softmax", 2 * held, 3 * held, core=True)
+    else:
+        yield from _separate_softmax(held, float(4 * scores))
     if model.dropout:
         yield _pointwise("attention dropout", 2 * held + scores, core=True)
     yield Piece("weighing", (weigh,), (score, to_keys), core=True)
+
+
+def _separate_softmax(held: float, wide: float) -> Iterator[Piece]:
+    """Scores of ``held`` bytes, which the softmax takes as f32 of ``wide`` bytes, by a kernel for each step.
+
+    Bytes follow OPTAttention.forward of Hugging Face transformers 4.3x: a mask is added, torch.max keeps scores finite
+    (its gradient compares twice, halves, selects and fills), softmax writes f32, which is cast back.
+    """
+    yield _pointwise("mask scores", 2 * held, 0.0, core=True)
+    yield _pointwise("bound scores", 2 * held, 11 * held, core=True)
+    yield _pointwise("softmax in f32", held + wide, held + 2 * wide, core=True)
+    yield _pointwise("weights from f32", held + wide, core=True)
 
 
 def _mlp(local: Local, tokens: int, batch: int = 1) -> tuple[Piece, ...]:

@@ -1,6 +1,7 @@
 """Where the groups of a grid's axes stand in a cluster, and what their collectives cost there."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from meshwright.simulate.flows import collective_time
 from meshwright.simulate.operations import Collective, Copy, Kernel
 from meshwright.simulate.topology import SubMesh
 from meshwright.simulate.workload.grid import Grid
+from meshwright.simulate.workload.stack import AS_MEASURED, Stack
 
 
 def mesh_at(grid: Grid, mesh: int) -> SubMesh:
@@ -57,12 +59,16 @@ def groups(grid: Grid, first_device: int) -> dict[str, range]:
 
 @dataclass
 class Prices:
-    """Seconds of kernels and collectives on one mesh of a grid; each distinct one is worked out once."""
+    """Seconds of kernels and collectives on one mesh of a grid; each distinct one is worked out once.
+
+    The stack's factors say how much longer both take in a training step than alone.
+    """
 
     cluster: Cluster
     grid: Grid
     first_device: int
     dtype: str
+    stack: Stack = AS_MEASURED
     known: dict[Kernel, float] = field(default_factory=dict)
 
     @cached_property
@@ -89,13 +95,20 @@ class Prices:
                 group = groups(self.grid, self.first_device)[axis]
                 cluster, devices = hosts_of(self.cluster, group)
                 at_once = groups_at_once(cluster, devices, self.grid.mesh_devices)
-                return collective_time(cluster, devices, kind, size, at_once, self.dtype)
+                alone = collective_time(cluster, devices, kind, size, at_once, self.dtype)
+                return alone * message_factor(self.stack, cluster, devices)
             case Copy(bytes=size):
                 host = self.cluster.hosts[self.cluster.host_of(self.first_device)]
                 link = host.pcie or self.cluster.inter_host
                 return link.latency_seconds.value + size / link.bytes_per_second.value
             case _:
-                return kernel_seconds(self.device, kernel)
+                return self.stack.kernel_factor * kernel_seconds(self.device, kernel)
+
+
+def message_factor(stack: Stack, cluster: Cluster, devices: Sequence[int]) -> float:
+    """How much longer messages among devices take in a training step: inside one host, or over the network."""
+    hosts = {cluster.host_of(device) for device in devices} if len(cluster.hosts) > 1 else {0}
+    return stack.communication_factor if len(hosts) == 1 else stack.network_factor
 
 
 def hosts_of(cluster: Cluster, group: range) -> tuple[Cluster, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from meshwright.simulate.timeline import Parts, Timeline
 from meshwright.simulate.topology import SubMesh, hop_link
 from meshwright.simulate.workload.grid import Grid, check_grid, stage_layers
 from meshwright.simulate.workload.pieces import Local
-from meshwright.simulate.workload.placement import Prices, mesh_at, nearer
+from meshwright.simulate.workload.placement import Prices, mesh_at, message_factor, nearer
 from meshwright.simulate.workload.stack import Stack
 from meshwright.simulate.workload.stages import Stage
 from meshwright.simulate.workload.transformer import Transformer
@@ -151,7 +151,7 @@ def _stages(local: Local, cluster: Cluster, homes: tuple[int, ...]) -> tuple[Sta
         first_device = mesh_at(local.grid, home).first_device
         place = first_device % cluster.devices_per_host if cluster.homogeneous else first_device
         if place not in prices:
-            prices[place] = Prices(cluster, local.grid, first_device, local.model.dtype)
+            prices[place] = Prices(cluster, local.grid, first_device, local.model.dtype, local.stack)
         key = (layers, number == 0, number == local.grid.stages - 1, place)
         if key not in kinds:
             kinds[key] = Stage(local, prices[place], *key[:3])
@@ -178,6 +178,8 @@ def _transfers(
             link = hop_link(cluster, key[0], key[1])
             latency = link.latency_seconds.value
             wire = transfer_seconds(bytes * grid.mesh_devices, link) - latency
+            ends = (key[0].first_device, key[1].first_device)
+            wire *= message_factor(local.stack, cluster, ends)
             known[key] = TransferCost(wire, latency, bytes=bytes * grid.mesh_devices)
         return known[key]
 

@@ -1,18 +1,39 @@
-"""The software that runs a step, as data: what it costs per operation, what it fuses, what it overlaps."""
+"""The software that runs a step, as data: what it costs per operation, what it fuses, what it overlaps.
 
-from dataclasses import dataclass, fields
-from math import isfinite
+``stacks.json`` holds what is shipped. A stack's habits are read in its source; its constants (at most three for each
+system that it was measured on) are fitted to published training steps by ``experiments.fit_stacks``.
+"""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from math import exp, isfinite, log
+from pathlib import Path
+from statistics import mean
+
+import msgspec
+
+from meshwright.calibrate.quantity import Quantity, Record
 from meshwright.errors import ModelError
+
+SHIPPED = Path(__file__).with_name("stacks.json")
+FORMAT, VERSION = "meshwright-stacks", 1
+FACTORS = ("kernel_factor", "communication_factor", "network_factor")
+CONSTANTS = (*FACTORS, "operation_seconds", "overhead_bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
-    """A framework's habits.
+    """A framework's habits and constants.
 
     ``operation_seconds`` of its host precede each kernel and ``program_seconds`` each instruction of the pipeline
-    (None: the device's ``dispatch_seconds``); hosts run ahead of devices. ``fused_pointwise``: bias, dropout and
-    residual are one kernel, bias and activation another, rotary embedding of queries and keys a third.
+    (None: the device's ``dispatch_seconds``); hosts run ahead of devices. ``kernel_factor``, ``communication_factor``
+    (inside a host) and ``network_factor`` (between hosts) are how much longer kernels and messages take in a training
+    step than in the benchmarks of the machine file: clocks sink under a power limit, ranks wait for each other.
+    ``overhead_bytes`` of each device are held beside tensors: the driver's context, communicators, an allocator's rest.
+
+    ``fused_pointwise``: bias, dropout and residual are one kernel, bias and activation another, rotary embedding of
+    queries and keys a third. ``fused_softmax``: scale, mask and softmax of unfused attention are one kernel.
     ``fused_accumulation``: a weight gradient is added to the sum of earlier micro-batches inside its matmul.
     ``overlapped_tensor``: tensor-parallel collectives of the backward run beside the weight gradients.
     ``overlapped_gradients``: gradients are summed while the last backward runs. ``spread_transfers``: tensor-parallel
@@ -27,7 +48,12 @@ class Stack:
     source: str
     operation_seconds: float = 0.0
     program_seconds: float | None = None
+    kernel_factor: float = 1.0
+    communication_factor: float = 1.0
+    network_factor: float = 1.0
+    overhead_bytes: float = 0.0
     fused_pointwise: bool = True
+    fused_softmax: bool = True
     fused_accumulation: bool = True
     overlapped_tensor: bool = False
     overlapped_gradients: bool = False
@@ -46,69 +72,93 @@ class Stack:
                 raise ModelError(f"{item.name} of stack {self.name!r} is {number}; a number of at least 0 is needed")
 
 
-EAGER_SECONDS = 60e-6  # of host time per operation; see the source of the stacks that use it
-EAGER_SOURCE = (
-    "60 µs of host time per operation: the floor that brought a roofline model nearest to 200 of vTrain's measured "
-    "single-node steps (Megatron-DeepSpeed on A100), so not independent of that source"
-)
-
-STACKS: dict[str, Stack] = {
-    stack.name: stack
-    for stack in (
-        Stack(
-            name="megatron-2021",
-            source=f"Narayanan et al., SC 2021, sections 4.1 (scatter/gather) and 4.2 (fusions); {EAGER_SOURCE}",
-            operation_seconds=EAGER_SECONDS,
-            program_seconds=0.0,
-            fused_accumulation=False,
-            spread_transfers=True,
-            gradient_bytes=2,
-            sent_gradient_bytes=2,
-        ),
-        Stack(
-            name="megatron-deepspeed",
-            source=f"DeepSpeed's pipeline engine over Megatron-LM's layers, fp16 gradients; {EAGER_SOURCE}",
-            operation_seconds=EAGER_SECONDS,
-            program_seconds=0.0,
-            fused_accumulation=False,
-            gradient_bytes=2,
-            sent_gradient_bytes=2,
-        ),
-        Stack(
-            name="megatron-core",
-            source=f"Megatron-LM's arguments from 2022 on: overlapped, f32 gradients, fused sums; {EAGER_SOURCE}",
-            operation_seconds=EAGER_SECONDS,
-            program_seconds=0.0,
-            overlapped_tensor=True,
-            overlapped_gradients=True,
-        ),
-        Stack(
-            name="fsdp",
-            source=f"PyTorch FSDP (Zhao et al., VLDB 2023), bf16 gradients reduced as they come; {EAGER_SOURCE}",
-            operation_seconds=EAGER_SECONDS,
-            program_seconds=0.0,
-            fused_pointwise=False,
-            fused_accumulation=False,
-            overlapped_gradients=True,
-            gradient_bytes=4,
-            sent_gradient_bytes=2,
-        ),
-        Stack(
-            name="compiled",
-            source="XLA programs: one dispatch a program, fusions, collectives scheduled beside computation",
-            overlapped_tensor=True,
-            overlapped_gradients=True,
-        ),
-    )
-}
+AS_MEASURED = Stack(name="as measured", source="kernels and messages take what they take in benchmarks")
 
 
-def find_stack(name: str) -> Stack:
-    """The shipped stack of this name.
+class Habits(Record, frozen=True, kw_only=True):
+    """What the framework's code does; the fields of ``Stack`` with the same names."""
+
+    program_seconds: float | None = None
+    fused_pointwise: bool = True
+    fused_softmax: bool = True
+    fused_accumulation: bool = True
+    overlapped_tensor: bool = False
+    overlapped_gradients: bool = False
+    spread_transfers: bool = False
+    clipped: bool = True
+    gradient_bytes: int = 4
+    sent_gradient_bytes: int = 4
+    optimizer_bytes: int = 12
+
+
+class Constants(Record, frozen=True, kw_only=True):
+    """What was fitted to steps measured on one system; None leaves the stack's own."""
+
+    kernel_factor: Quantity | None = None
+    communication_factor: Quantity | None = None
+    network_factor: Quantity | None = None
+    operation_seconds: Quantity | None = None
+    overhead_bytes: Quantity | None = None
+
+    def values(self) -> dict[str, float]:
+        """The numbers that are known."""
+        quantities = {name: getattr(self, name) for name in CONSTANTS}
+        return {name: quantity.value for name, quantity in quantities.items() if quantity is not None}
+
+
+class ShippedStack(Record, frozen=True, kw_only=True):
+    """A stack as the file has it; ``systems`` are those that its constants were fitted on."""
+
+    source: str
+    habits: Habits
+    operation_seconds: Quantity | None = None
+    systems: dict[str, Constants] = msgspec.field(default_factory=dict)
+
+
+class StacksFile(Record, frozen=True, kw_only=True):
+    """The text form of all stacks."""
+
+    format: str
+    version: int
+    stacks: dict[str, ShippedStack]
+
+
+def find_stack(name: str, system: str | None = None) -> Stack:
+    """The shipped stack of this name, with the constants of a system that it was measured on.
+
+    Without a system, or on one that is not known, each factor is the geometric mean of those of all known systems:
+    what to expect of a cluster that nobody has measured. Overheads of memory are not taken over.
 
     Raises:
-        ModelError: there is none; the message lists those that exist.
+        ModelError: there is no such stack; the message lists those that exist.
     """
-    if name not in STACKS:
-        raise ModelError(f"software stack {name!r} is unknown; known are {', '.join(STACKS)}")
-    return STACKS[name]
+    known = shipped_stacks()
+    if name not in known:
+        raise ModelError(f"software stack {name!r} is unknown; known are {', '.join(known)}")
+    shipped = known[name]
+    stack = Stack(name=name, source=shipped.source, **msgspec.structs.asdict(shipped.habits))
+    if shipped.operation_seconds is not None:
+        stack = replace(stack, operation_seconds=shipped.operation_seconds.value)
+    if system in shipped.systems:
+        return with_constants(stack, shipped.systems[system].values())
+    return with_constants(stack, _usual(tuple(shipped.systems.values())))
+
+
+def with_constants(stack: Stack, constants: Mapping[str, float]) -> Stack:
+    """The stack with other constants (names of ``CONSTANTS``)."""
+    return replace(stack, **constants)  # type: ignore[arg-type]
+
+
+def _usual(systems: tuple[Constants, ...]) -> dict[str, float]:
+    found = {}
+    for name in FACTORS:
+        known = [constants.values()[name] for constants in systems if name in constants.values()]
+        if known:
+            found[name] = exp(mean(log(value) for value in known))
+    return found
+
+
+@cache
+def shipped_stacks() -> dict[str, ShippedStack]:
+    """All stacks of ``stacks.json`` by name."""
+    return msgspec.json.decode(SHIPPED.read_bytes(), type=StacksFile).stacks

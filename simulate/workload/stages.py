@@ -131,7 +131,9 @@ class Stage:
         routed = model_state_bytes(self.weights.routed, recipe, zero=grid.zero, ranks=grid.replicas // grid.expert)
         states = tuple((name, held + more) for (name, held), (_, more) in zip(dense, routed, strict=True))
         buffers = gathered_bytes(layer.dense + layer.routed, recipe) if grid.zero == 3 and self.layers else 0.0
-        return static_parts(states, Overheads(communication_bytes=buffers))
+        return static_parts(
+            states, Overheads(communication_bytes=buffers, context_bytes=self.local.stack.overhead_bytes)
+        )
 
     @property
     def saved_bytes(self) -> float:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from meshwright.simulate.workload.activations import head_bytes, layer_bytes
 from meshwright.simulate.workload.grid import Grid
 from meshwright.simulate.workload.pieces import Local
-from meshwright.simulate.workload.stack import STACKS
+from meshwright.simulate.workload.stack import find_stack
 from meshwright.simulate.workload.transformer import Transformer
 
 SIZES = st.fixed_dictionaries(
@@ -20,7 +20,7 @@ SIZES = st.fixed_dictionaries(
 def local(a: int, width: int, s: int, t: int = 1, b: int = 1, **grid: object) -> Local:
     model = Transformer(layers=4, hidden=a * width, heads=a, vocabulary=51200, sequence=s, dtype="f16")
     plan = Grid(batch=b, microbatch_size=b, tensor=t, fused_attention=False, **grid)  # type: ignore[arg-type]
-    return Local(model, plan, STACKS["megatron-2021"])
+    return Local(model, plan, find_stack("megatron-2021"))
 
 
 @given(sizes=SIZES, b=st.integers(1, 8))

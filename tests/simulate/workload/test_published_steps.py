@@ -8,7 +8,7 @@ from meshwright.calibrate.hardware import parse_cluster
 from meshwright.errors import PlanError
 from meshwright.simulate.workload.grid import Grid
 from meshwright.simulate.workload.predict import GridPrediction, predict_grid
-from meshwright.simulate.workload.stack import STACKS
+from meshwright.simulate.workload.stack import find_stack
 from meshwright.simulate.workload.transformer import Transformer
 
 GPT = Transformer(layers=16, hidden=2048, heads=16, vocabulary=51200, sequence=1024, dtype="f16")
@@ -17,7 +17,7 @@ GPT_3 = Transformer(layers=96, hidden=12288, heads=96, vocabulary=51200, sequenc
 
 def predicted(model: Transformer = GPT, hosts: int = 1, **grid: Any) -> GridPrediction:
     return predict_grid(
-        model, parse_cluster(f"dgx-a100:{hosts}"), Grid(**{"batch": 64, **grid}), STACKS["megatron-2021"]
+        model, parse_cluster(f"dgx-a100:{hosts}"), Grid(**{"batch": 64, **grid}), find_stack("megatron-2021")
     )
 
 

@@ -10,12 +10,12 @@ from meshwright.simulate.workload.block import forward
 from meshwright.simulate.workload.grid import Grid
 from meshwright.simulate.workload.pieces import Local, layer_pieces
 from meshwright.simulate.workload.placement import Prices
-from meshwright.simulate.workload.stack import STACKS, Stack
+from meshwright.simulate.workload.stack import Stack, find_stack
 from meshwright.simulate.workload.stages import Stage
 from meshwright.simulate.workload.transformer import Transformer
 
 GPT_22B = Transformer(layers=48, hidden=6144, heads=64, vocabulary=51200, sequence=2048, dtype="f16")
-QUIET = replace(STACKS["megatron-2021"], operation_seconds=0.0)
+QUIET = replace(find_stack("megatron-2021"), operation_seconds=0.0)
 
 
 def stage_of(
@@ -47,7 +47,9 @@ def test_one_layer_takes_what_was_measured(
     sequence_parallel: bool, recompute: str, forward_ms: float, backward_ms: float
 ) -> None:
     """Korthikanti et al., 2022, table 4: a layer of the 22B model on 8 A100. Nothing here was fitted to it."""
-    stage = stage_of(stack=STACKS["megatron-2021"], layers=8, sequence_parallel=sequence_parallel, recompute=recompute)
+    stage = stage_of(
+        stack=find_stack("megatron-2021"), layers=8, sequence_parallel=sequence_parallel, recompute=recompute
+    )
     assert stage.forward.seconds / 8 * 1e3 == pytest.approx(forward_ms, rel=0.03)
     assert stage.backward.seconds / 8 * 1e3 == pytest.approx(backward_ms, rel=0.03)
 

@@ -1,0 +1,116 @@
+"""Measured steps of one system and software stack → its constants, at most three.
+
+A constant moves from what is usual elsewhere (``USUAL``) only as far as the rows ask for it: maximum a posteriori with
+normal priors on logarithms and a robust loss, so that three rows do not decide three numbers.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from experiments.validation.cases import Case
+from experiments.validation.score import bias_percent, mape_percent
+from meshwright.simulate.workload.predict import predict_grid
+from meshwright.simulate.workload.stack import with_constants
+
+SCATTER = 0.05  # of a measured step around a good model, as a logarithm: what a row weighs against a prior
+OUTLIER = 2.0  # rows further off than so many times the scatter count linearly
+MOST_ROWS = 90  # of one system that are simulated for a fit; more of them say nothing new
+ROUNDS = 5
+STEP = 0.04
+
+
+class Prior(NamedTuple):
+    """What is usual: the value, and the spread of its logarithm."""
+
+    value: float
+    spread: float
+
+
+USUAL = {
+    "kernel_factor": Prior(1.08, 0.15),  # clocks under load: 1.0 to 1.2 over boost on data-centre GPUs
+    "communication_factor": Prior(1.2, 0.4),
+    "network_factor": Prior(1.2, 0.4),
+    "operation_seconds": Prior(60e-6, 0.25),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Constants of a stack on a system, and how far the rows are that they were fitted to."""
+
+    constants: dict[str, float]
+    rows: int
+    mape_percent: float
+    bias_percent: float
+
+
+def constants_of(cases: Sequence[Case]) -> tuple[tuple[str, ...], ...]:
+    """Which three constants may be fitted; of several choices, the one that the rows like best is taken.
+
+    The third is what is held beside tensors, where memory was measured, else the time that a host which dispatches
+    eagerly takes for an operation. The second is the network between hosts or, as where there is but one, the links
+    inside.
+    """
+    third = ("overhead_bytes",) if any(case.row.positive("mem_gib") for case in cases) else ()
+    if not third and cases[0].stack.operation_seconds:
+        third = ("operation_seconds",)
+    seconds = ["communication_factor"]
+    if any(len(case.cluster.hosts) > 1 for case in cases):
+        seconds.append("network_factor")
+    return tuple(("kernel_factor", second, *third) for second in seconds)
+
+
+def seconds(case: Case, constants: Mapping[str, float]) -> float:
+    """The step as it is predicted with other constants."""
+    stack = with_constants(case.stack, constants)
+    return predict_grid(case.model, case.cluster, case.grid, stack).iteration_seconds
+
+
+def fit_constants(cases: Sequence[Case]) -> Fit:
+    """Constants of one system and stack from rows of it."""
+    chosen = random.Random(0).sample(list(cases), MOST_ROWS) if len(cases) > MOST_ROWS else list(cases)
+    found = [_fitted(chosen, names) for names in constants_of(cases)]
+    constants = min(found, key=lambda fit: fit[0])[1]
+    if any("overhead_bytes" in names for names in constants_of(cases)):
+        constants["overhead_bytes"] = _overhead_bytes(cases)
+    predicted = [seconds(case, constants) for case in chosen]
+    truth = [case.measured_seconds for case in chosen]
+    return Fit(constants, len(cases), mape_percent(predicted, truth) or 0.0, bias_percent(predicted, truth) or 0.0)
+
+
+def _fitted(cases: Sequence[Case], names: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """The loss that remains, and the constants of time among the names; other factors are as usual."""
+    fixed = {name: usual.value for name, usual in USUAL.items() if name not in names and name != "operation_seconds"}
+    timed = [name for name in names if name in USUAL]
+    measured = np.log([case.measured_seconds for case in cases])
+    usual = np.log([USUAL[name].value for name in timed])
+    spreads = np.array([USUAL[name].spread for name in timed])
+
+    def values(logs: NDArray[np.float64]) -> dict[str, float]:
+        return fixed | dict(zip(timed, np.exp(logs).tolist(), strict=True))
+
+    def misfit(logs: NDArray[np.float64]) -> NDArray[np.float64]:
+        predicted = np.log([seconds(case, values(logs)) for case in cases])
+        away = (predicted - measured) / SCATTER
+        robust = np.sign(away) * OUTLIER * np.sqrt(2 * (np.sqrt(1 + (away / OUTLIER) ** 2) - 1))
+        return np.concatenate([robust, (logs - usual) / spreads])
+
+    found = least_squares(misfit, usual, x_scale=spreads, diff_step=STEP, max_nfev=ROUNDS)
+    return float(found.cost), {name: float(f"{value:.4g}") for name, value in values(found.x).items()}
+
+
+def _overhead_bytes(cases: Sequence[Case]) -> float:
+    """Median of what is held beyond the prediction; never below zero."""
+    beyond = []
+    for case in cases:
+        held = case.row.positive("mem_gib")
+        if held is not None:
+            stack = replace(case.stack, overhead_bytes=0.0)
+            beyond.append(held * 2**30 - predict_grid(case.model, case.cluster, case.grid, stack).peak_bytes)
+    return max(0.0, float(f"{np.median(beyond):.3g}"))
