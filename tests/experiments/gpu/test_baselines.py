@@ -36,18 +36,22 @@ def test_the_loss_is_the_zoos(spec: str) -> None:
 
 def test_micro_batches_give_the_step_of_the_whole_batch() -> None:
     """Two steps by halves of the batch move the parameters as two by the whole."""
-    model = get_model(MODELS[0])
-    batch, optimizer = random_batch(model, 4, classes=16), optax.sgd(0.5)
+
+    def loss(weights: jax.Array, batch: jax.Array) -> jax.Array:
+        return jnp.mean((jnp.tanh(batch @ weights) - batch) ** 2)
+
+    rng = np.random.default_rng(0)
+    first, batch = rng.normal(size=(3, 3)).astype(np.float32), rng.normal(size=(8, 3)).astype(np.float32)
     ends = []
     for microbatches in (1, 2):
-        params = noise(model)
-        state = optimizer.init(params)
-        step = training_step(hand_written_loss(model), optimizer, microbatches)
+        optimizer = optax.adamw(0.1)
+        weights = jnp.asarray(first)
+        state = optimizer.init(weights)
+        step = training_step(loss, optimizer, microbatches)
         for _ in range(2):
-            params, state, loss = step(params, state, batch)
-        ends.append((jax.tree.leaves(params), float(loss)))
-    for whole, parts in zip(ends[0][0], ends[1][0], strict=True):
-        np.testing.assert_allclose(whole, parts, atol=2e-6)
+            weights, state, value = step(weights, state, batch)
+        ends.append((np.asarray(weights), float(value)))
+    np.testing.assert_allclose(ends[0][0], ends[1][0], rtol=1e-4)
     assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-5)
 
 
