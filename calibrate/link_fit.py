@@ -38,8 +38,8 @@ class Doubt(NamedTuple):
 def link_of(network: NetworkTimings, measured: str) -> tuple[Link, list[FittedFamily]]:
     """The link, and a row of the residual table for each curve.
 
-    The entries are those of one group of neighbouring ranks. Strided groups, and all groups of an axis at once, have
-    rows of their own.
+    The entries are those of one group of neighbouring ranks. Groups of ranks s apart, and n groups at once, have rows
+    of their own, marked ``s2`` and ``x2``.
 
     Raises:
         ClusterError: no point-to-point transfer was measured.
@@ -50,8 +50,8 @@ def link_of(network: NetworkTimings, measured: str) -> tuple[Link, list[FittedFa
         if len({timing.amount for timing in timings}) < 2:
             continue  # the budget ended here; the simulator falls back on the link for this kind
         entry, fit = fit_curve(timings, f"{measured}, {ranks} ranks")
-        apart = f", stride {stride}" if stride > 1 else ""
-        rows.append(FittedFamily(f"{family}{apart}" + (f", x{groups}" if groups > 1 else ""), ranks, fit, "B/s"))
+        name = family + (f" s{stride}" if stride > 1 else "") + (f" x{groups}" if groups > 1 else "")
+        rows.append(FittedFamily(name, ranks, fit, "B/s"))
         if family in COLLECTIVE_KINDS and stride == groups == 1:
             collectives.setdefault(family, []).append(entry)
     p2p = next((row.fit for row in rows if row.name == P2P), None)

@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mpi4py import MPI
 
-from meshwright.calibrate.compute import FLOAT32, random_array
 from meshwright.calibrate.timing import Overlap, repeats_within, sample
 from meshwright.execute.transport.mpi import MpiTransport
 
@@ -23,7 +22,8 @@ BLOCK_ELEMENTS = 1 << 20  # random numbers that larger arrays repeat: drawing 51
 AXES = ("groups", "ranks")
 MATMUL_SIZE, MATMULS = 256, 8  # beside a message: some 3 ms of compute on one core
 NAP_SECONDS = 0.001
-ITEM_BYTES = 4
+FLOAT32 = np.dtype(np.float32)
+ITEM_BYTES = FLOAT32.itemsize
 
 
 class Pattern(NamedTuple):
@@ -107,7 +107,7 @@ def time_beside_collective(group: MPI.Intracomm, message_bytes: int, seconds: fl
     """A chain of matmuls and an all-reduce that does not depend on it, in one program."""
     pattern = Pattern(group.size)
     reduce, array, nbytes = _compiled("all_reduce", pattern, message_bytes)
-    matrix = jax.device_put(random_array((1, MATMUL_SIZE, MATMUL_SIZE)))
+    matrix = jax.device_put(_numbers(MATMUL_SIZE**2).reshape(1, MATMUL_SIZE, MATMUL_SIZE))
     spec = PartitionSpec(AXES)
     sharding = NamedSharding(_mesh(pattern), spec)
     matrices = jax.make_array_from_single_device_arrays((group.size, *matrix.shape[1:]), sharding, [matrix])
@@ -125,14 +125,13 @@ def time_beside_collective(group: MPI.Intracomm, message_bytes: int, seconds: fl
         lambda: jax.block_until_ready(reduce(array)),
         lambda: jax.block_until_ready(together_program(array, matrices)),
     ]
-    medians = [float(np.median(taken)) for taken in time_in_turn(group, calls, seconds)]
-    return _overlap("collective", nbytes, medians)
+    return _overlap("collective", nbytes, *map(_quiet, time_in_turn(group, calls, seconds)))
 
 
 def time_beside_transfer(pair: MPI.Intracomm, message_bytes: int, seconds: float) -> tuple[Overlap, Overlap]:
     """A chain of matmuls beside sending (on the first rank) and beside receiving (on the second), both as executed."""
     array = jax.device_put(_numbers(message_bytes // ITEM_BYTES))
-    matrix = jax.device_put(random_array((1, MATMUL_SIZE, MATMUL_SIZE)))
+    matrix = jax.device_put(_numbers(MATMUL_SIZE**2).reshape(1, MATMUL_SIZE, MATMUL_SIZE))
     compute = jax.jit(_chain).lower(matrix).compile()
     transport, other = MpiTransport(pair), 1 - pair.rank
 
@@ -154,21 +153,26 @@ def time_beside_transfer(pair: MPI.Intracomm, message_bytes: int, seconds: float
         partial(message, 0),
         partial(message, 1),
     ]
-    alone, moved, sending, receiving = (float(np.median(time_together(pair, call, seconds / 4))) for call in calls)
-    nbytes = int(array.nbytes)
-    return _overlap("to_host", nbytes, [alone, moved, sending]), _overlap(
-        "from_host", nbytes, [alone, moved, receiving]
+    alone, moved, *beside = map(_quiet, time_in_turn(pair, calls, seconds))
+    sending, receiving = (
+        _overlap(activity, int(array.nbytes), alone, moved, together)
+        for activity, together in zip(("to_host", "from_host"), beside, strict=True)
     )
+    return sending, receiving
 
 
-def _overlap(activity: str, nbytes: int, medians: list[float]) -> Overlap:
-    compute_seconds, message_seconds, together_seconds = medians
+def _quiet(samples: Sequence[float]) -> float:
+    """The lower quartile: differences of these are taken, in which what other work adds does not cancel."""
+    return float(np.quantile(samples, 0.25))
+
+
+def _overlap(activity: str, nbytes: int, compute: float, message: float, together: float) -> Overlap:
     return Overlap(
         activity=activity,
         message_bytes=float(nbytes),
-        compute_seconds=compute_seconds,
-        message_seconds=message_seconds,
-        together_seconds=together_seconds,
+        compute_seconds=compute,
+        message_seconds=message,
+        together_seconds=together,
     )
 
 

@@ -107,7 +107,7 @@ def test_strided_groups_and_groups_at_once_have_rows_but_no_entry() -> None:
         "made",
     )
     assert link.collectives == {}
-    assert [row.name for row in rows] == ["all_gather, x2", "all_gather, stride 2", P2P]
+    assert [row.name for row in rows] == ["all_gather x2", "all_gather s2", P2P]
 
 
 def test_no_transfer_measured_is_said() -> None:
