@@ -1,61 +1,88 @@
-"""Microbenchmarks of one device with JAX: matmuls, memory-bound kernels, launch and dispatch overhead.
+"""Microbenchmarks of one device: which kernels are timed, when, and how, within a budget of wall time.
 
-Inputs are random (zeros draw less power and some libraries treat them apart), every call is waited for, and the
-sizes grow until the time is used up, so that the same code suits one CPU core and an H100.
+Two rounds, apart in time. The first sees a coarse design and then goes where the fits are worst; the second takes the
+coarse design again and as much of the rest as fits, so that what a machine does from one minute to the next is inside
+the stated ranges.
 """
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import msgspec
 
-from meshwright.calibrate.quantity import short_dtype
+from meshwright.calibrate.benchmarks import (
+    FLOAT32,
+    Case,
+    Program,
+    amount,
+    input_bytes,
+    matmul_call,
+    program_of,
+    random_array,
+)
+from meshwright.calibrate.candidates import candidates, coarse, needed, next_case
 from meshwright.calibrate.timing import (
+    ARGUMENT,
     DISPATCH,
     LAUNCH,
-    MATMUL,
-    MEMORY,
     ComputeTimings,
     Timing,
+    merged,
     sample,
+    sample_batches,
     sample_within,
     timing,
+    widened,
 )
 
+__all__ = ["FLOAT32", "Measured", "busy_matmul_seconds", "matmul_call", "measure_compute", "random_array"]
+
 CHAIN = 64  # operations in one program, long enough that their launches outweigh the one dispatch
-MATMUL_SIZES = (128, 256, 512, 1024, 2048, 4096, 8192)
-MEMORY_BYTES = (1 << 16, 1 << 20, 1 << 23, 1 << 25, 1 << 27, 1 << 28, 1 << 30)
-FLOAT32 = jnp.dtype(jnp.float32)
-DTYPES = (FLOAT32, jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+ARGUMENTS = 64
+CASE_SHARE = 1 / 400  # of the budget for the calls of one case: a few hundred fit
+FIRST_ROUND_SHARE = 0.6
+SMALLEST_CASE_SECONDS, LARGEST_CASE_SECONDS = 0.01, 0.25
+LONGEST_CALL_SHARE = 1 / 8  # of the time that is left, for the calls that a case needs at least
+CALLS = 8  # warming, the trial, and those that count
+MEMORY_SHARE = 0.25  # of the device's memory for the arrays of one case
+MOST_HOST_BYTES = 1 << 31  # of random numbers that are drawn for one case
+MOST_CPU_BYTES = 1 << 28
+KEPT_BYTES = 1 << 22  # arrays of a program that is kept from the first round to the second
 
 
-def measure_compute(budget_seconds: float, progress: Callable[[float, str], None]) -> ComputeTimings:
+class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One timing of one round, as an interrupted calibration keeps it; ``spent_seconds`` of wall time."""
+
+    device_kind: str
+    round: int
+    timing: Timing
+    spent_seconds: float
+
+
+def measure_compute(
+    budget_seconds: float,
+    progress: Callable[[float, str], None],
+    known: Iterable[Measured] = (),
+    keep: Callable[[Measured], None] = lambda measured: None,
+) -> ComputeTimings:
     """Measure the first device of this process.
 
     Args:
-        budget_seconds: wall time to stay within; the two smallest sizes of each family are measured even beyond it.
+        budget_seconds: wall time to stay within; two sizes of the families that a device cannot be without are measured
+            even beyond it.
         progress: called with the share done (0..1) and what comes next.
+        known: what an earlier run measured on this device; it is not done again, and its time counts as spent.
+        keep: called with each timing as soon as it is there.
     """
-    start = time.perf_counter()
-    device = jax.devices()[0]
-    cases = list(_cases())
-    each_seconds = budget_seconds / len(cases) / 2
-    timings: list[Timing] = []
-    last_seconds: dict[str, float] = {}
-    for index, (family, size, make) in enumerate(cases):
-        sizes_done = len({done.amount for done in timings if done.family == family})
-        left = budget_seconds - (time.perf_counter() - start)
-        # The next size is up to eight times the work: leave it out where it would eat the time of other families.
-        if sizes_done >= 2 and 4 * last_seconds[family] > left:
-            continue
-        progress(min(1.0, max(1 - left / budget_seconds, index / len(cases))), f"{family} {size}")
-        began = time.perf_counter()
-        timings.append(make(each_seconds))
-        last_seconds[family] = time.perf_counter() - began
+    run = _Run(budget_seconds, progress, known, keep)
+    run.first_round()
+    run.second_round()
+    device = run.device
+    taken = [merged([rounds[index] for index in sorted(rounds)]) for rounds in run.timings.values()]
     return ComputeTimings(
         device_kind=device.device_kind,
         platform=device.platform,
@@ -64,66 +91,99 @@ def measure_compute(budget_seconds: float, progress: Callable[[float, str], None
         memory_bytes=_memory_bytes(device),
         jax_version=jax.__version__,
         settings=" ".join(f"{name}={os.environ[name]}" for name in ("XLA_FLAGS", "NPROC") if os.environ.get(name)),
-        timings=tuple(timings),
+        timings=widened(taken),
+        compute_units=int(getattr(device, "core_count", 1)) if device.platform != "cpu" else 1,
+        skipped=tuple(run.skipped.values()),
     )
 
 
-def random_array(shape: tuple[int, ...], dtype: jnp.dtype = FLOAT32, seed: int = 0) -> jax.Array:
-    """Normal numbers on the device, drawn by NumPy: a generator compiled for each shape costs more than the test."""
-    numbers = np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
-    array: jax.Array = jax.device_put(numbers)
-    return array
+class _Run:
+    """The state of one measurement: what is known by case and round, and the clock."""
 
+    def __init__(
+        self,
+        budget_seconds: float,
+        progress: Callable[[float, str], None],
+        known: Iterable[Measured],
+        keep: Callable[[Measured], None],
+    ) -> None:
+        self.device = jax.devices()[0]
+        self.accelerator = self.device.platform != "cpu"
+        self.progress, self.keep = progress, keep
+        self.timings: dict[Case, dict[int, Timing]] = {}
+        self.skipped: dict[str, str] = {}
+        self.programs: dict[Case, Program] = {}  # of small arrays, for the second round: compiling takes longest
+        spent = 0.0
+        for measured in known:
+            if measured.device_kind == self.device.device_kind:
+                case = Case(measured.timing.family, measured.timing.shape)
+                self.timings.setdefault(case, {})[measured.round] = measured.timing
+                spent += measured.spent_seconds
+        self.budget_seconds = budget_seconds
+        self.start = time.perf_counter() - min(spent, budget_seconds)
+        self.case_seconds = min(max(CASE_SHARE * budget_seconds, SMALLEST_CASE_SECONDS), LARGEST_CASE_SECONDS)
+        limit = MEMORY_SHARE * _memory_bytes(self.device)
+        self.most_bytes = min(limit, MOST_HOST_BYTES if self.accelerator else MOST_CPU_BYTES)
 
-def matmul_call(size: int, dtype: jnp.dtype) -> Callable[[], object]:
-    """A square matmul of random matrices; calling it runs it once and waits."""
-    left, right = (random_array((size, size), dtype, seed) for seed in (0, 1))
-    multiply = jax.jit(jnp.matmul).lower(left, right).compile()
-    return lambda: jax.block_until_ready(multiply(left, right))
+    def left(self, share: float = 1.0) -> float:
+        """Seconds until a share of the budget is used up."""
+        return share * self.budget_seconds - (time.perf_counter() - self.start)
 
+    def first_round(self) -> None:
+        self._host(0)
+        for place, case in enumerate(coarse(self.accelerator)):
+            if place < needed(self.accelerator) or self.left(FIRST_ROUND_SHARE) > 0:
+                self._kernel(case, 0)
+        pool = candidates(self.accelerator)
+        while (left := self.left(FIRST_ROUND_SHARE)) > 0:
+            pool = tuple(case for case in pool if case not in self.timings and case.family not in self.skipped)
+            seen = {case: rounds[0] for case, rounds in self.timings.items() if 0 in rounds}
+            chosen = next_case(pool, seen, LONGEST_CALL_SHARE * left / CALLS, self.most_bytes)
+            if chosen is None:
+                break
+            self._kernel(chosen, 0)
 
-def _cases() -> Iterator[tuple[str, str, Callable[[float], Timing]]]:
-    """Family, size and benchmark, small before large, so that a short budget still sees every family."""
-    yield DISPATCH, "per call", _time_dispatch
-    yield LAUNCH, f"{CHAIN} operations", _time_launch
-    for step in range(max(len(MATMUL_SIZES), len(MEMORY_BYTES))):
-        for dtype in DTYPES:
-            if step < len(MATMUL_SIZES):
-                family, size = MATMUL + short_dtype(dtype.name), MATMUL_SIZES[step]
-                yield family, f"{size}³", _matmul_timer(family, size, dtype)
-        if step < len(MEMORY_BYTES):
-            nbytes = MEMORY_BYTES[step]
-            yield MEMORY, f"{nbytes >> 10} KiB add", _elementwise_timer(nbytes)
-            yield MEMORY, f"{nbytes >> 10} KiB sum", _reduction_timer(nbytes)
+    def second_round(self) -> None:
+        self._host(1)
+        # From early to late, the coarse design first: the two looks at a case are then about equally far apart.
+        for case in [case for case in self.timings if case.family not in _HOST]:
+            longest = CALLS * self.timings[case][0].seconds if 0 in self.timings[case] else 0.0
+            if self.left() > longest and case.family not in self.skipped:
+                self._kernel(case, 1)
 
+    def _host(self, index: int) -> None:
+        for family, measure in _HOST.items():
+            self._measure(Case(family, ()), index, measure)
 
-def _matmul_timer(family: str, size: int, dtype: jnp.dtype) -> Callable[[float], Timing]:
-    return lambda seconds: timing(family, 2.0 * size**3, sample_within(matmul_call(size, dtype), seconds))
+    def _kernel(self, case: Case, index: int) -> None:
+        if case.family in self.skipped or input_bytes(case) > self.most_bytes:
+            return
+        try:
+            self._measure(case, index, lambda seconds: self._time_kernel(case, seconds))
+        except Exception as error:  # what this device or its libraries do not run is left out, and said
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            self.skipped[case.family] = f"{case} was not run: {lines[0][:160]}"
 
+    def _time_kernel(self, case: Case, seconds: float) -> Timing:
+        program = self.programs.get(case) or program_of(case)
+        if input_bytes(case) <= KEPT_BYTES:
+            self.programs[case] = program
+        samples = sample_batches(program.start, jax.block_until_ready, seconds)
+        taken = timing(case.family, amount(case), [total / program.copies for total in samples])
+        return msgspec.structs.replace(taken, shape=case.shape)
 
-def _elementwise_timer(nbytes: int) -> Callable[[float], Timing]:
-    """``0.5 * x + y``: two arrays read, one written, ``nbytes`` in all."""
-
-    def run(seconds: float) -> Timing:
-        elements = nbytes // 12
-        x, y = (random_array((elements,), seed=seed) for seed in (0, 1))
-        add = jax.jit(lambda a, b: 0.5 * a + b).lower(x, y).compile()
-        return timing(MEMORY, 12.0 * elements, sample_within(lambda: jax.block_until_ready(add(x, y)), seconds))
-
-    return run
-
-
-def _reduction_timer(nbytes: int) -> Callable[[float], Timing]:
-    """The row sums of a matrix of ``nbytes``, as in a normalisation."""
-
-    def run(seconds: float) -> Timing:
-        columns = 512
-        x = random_array((nbytes // 4 // columns, columns))
-        rows = jax.jit(lambda a: jnp.sum(a * a, axis=1)).lower(x).compile()
-        moved = float(x.nbytes + x.shape[0] * 4)
-        return timing(MEMORY, moved, sample_within(lambda: jax.block_until_ready(rows(x)), seconds))
-
-    return run
+    def _measure(self, case: Case, index: int, measure: Callable[[float], Timing]) -> None:
+        if index in self.timings.get(case, {}):
+            return
+        self.progress(
+            min(1.0, max(0.0, 1 - self.left() / self.budget_seconds)), str(case) if case.shape else case.family
+        )
+        began = time.perf_counter()
+        taken = measure(self.case_seconds)
+        self.timings.setdefault(case, {})[index] = taken
+        spent = time.perf_counter() - began
+        kind = self.device.device_kind
+        self.keep(Measured(device_kind=kind, round=index, timing=taken, spent_seconds=spent))
 
 
 def _time_dispatch(seconds: float) -> Timing:
@@ -138,6 +198,21 @@ def _time_dispatch(seconds: float) -> Timing:
         return jax.block_until_ready(x)
 
     return timing(DISPATCH, CHAIN, [total / CHAIN for total in sample_within(calls, seconds)])
+
+
+def _time_argument(seconds: float) -> Timing:
+    """Host seconds of one more argument (and result) of a call: 1 and ``ARGUMENTS`` + 1 small arrays passed through."""
+    arrays = [random_array((8,), seed=seed) for seed in range(1 + ARGUMENTS)]
+
+    def program(count: int) -> Callable[[], object]:
+        chosen = arrays[:count]
+        # One operation whatever the number of arguments: the others are handed through.
+        run = jax.jit(lambda head, rest: (head * 0.5, rest)).lower(chosen[0], chosen[1:]).compile()
+        return lambda: run(chosen[0], chosen[1:])
+
+    base = min(sample_batches(program(1), jax.block_until_ready, seconds / 4))
+    many = sample_batches(program(1 + ARGUMENTS), jax.block_until_ready, seconds / 2)
+    return timing(ARGUMENT, ARGUMENTS, [max(total - base, 0.0) / ARGUMENTS for total in many])
 
 
 def _time_launch(seconds: float) -> Timing:
@@ -158,6 +233,13 @@ def _time_launch(seconds: float) -> Timing:
     # Two kernels a step (matmul and tanh). The clock can put the long program below the short one on a busy machine.
     samples = [max(total - base, 0.0) / (2 * CHAIN) for total in sample_within(long, seconds / 2)]
     return timing(LAUNCH, 2 * CHAIN, samples)
+
+
+_HOST: dict[str, Callable[[float], Timing]] = {
+    DISPATCH: _time_dispatch,
+    ARGUMENT: _time_argument,
+    LAUNCH: _time_launch,
+}
 
 
 def busy_matmul_seconds(seconds: float, size: int = 256) -> list[float]:

@@ -22,14 +22,31 @@ GREATEST_RATE_RATIO = 10.0  # a fitted rate is at most this many times the best 
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """How far a fit is from its measurements: relative errors |model / measured - 1| as fractions."""
+    """How far a fit is from its measurements: relative errors |model / measured - 1| as fractions.
+
+    ``low`` and ``high`` are the 10 % and 90 % quantiles of log(measured / model): negative where the kernel is quicker
+    than the model says.
+    """
 
     median: float
     p90: float
     points: int
+    low: float | None = None
+    high: float | None = None
 
     def __str__(self) -> str:
-        return f"error median {self.median:.0%}, p90 {self.p90:.0%} over {self.points} points"
+        text = f"error median {self.median:.0%}, p90 {self.p90:.0%} over {self.points} points"
+        if self.low is None or self.high is None:
+            return text
+        return f"{text}, 10 % and 90 % of log(measured / model) {self.low:+.2f} and {self.high:+.2f}"
+
+
+def residual_of(model: ArrayLike, measured: ArrayLike) -> Residual:
+    """The residual of a model's times against those that were measured."""
+    ratio = np.asarray(model, float) / np.asarray(measured, float)
+    errors, signed = np.abs(ratio - 1), -np.log(ratio)
+    low, high = (float(quantile) for quantile in np.quantile(signed, [0.1, 0.9]))
+    return Residual(float(np.median(errors)), float(np.quantile(errors, 0.9)), len(ratio), low, high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +103,7 @@ def fit_rate(amounts: ArrayLike, seconds: ArrayLike, source: str) -> RateFit:
     found = least_squares(
         log_error, np.maximum(start, lower), bounds=(lower, np.inf), loss="soft_l1", f_scale=OUTLIER_LOG_ERROR
     )
-    errors = np.abs(np.expm1(log_error(found.x)))
-    residual = Residual(float(np.median(errors)), float(np.quantile(errors, 0.9)), len(x))
+    residual = residual_of(np.exp(log_error(found.x)), np.ones_like(x))
     spread = 2.0 * _standard_errors(found.jac, found.fun)
     fixed, per_amount = np.exp(found.x)
     text = f"{source}; {residual}"
@@ -99,9 +115,9 @@ def fit_rate(amounts: ArrayLike, seconds: ArrayLike, source: str) -> RateFit:
 
 
 def fit_timings(timings: Sequence[Timing], source: str) -> RateFit:
-    """Fit the medians; the ranges also cover the fits of the lower and of the upper quartiles.
+    """Fit the medians; the ranges also cover the fits of the lower and of the upper end of each timing's spread.
 
-    So two sizes alone, which any line meets exactly, still tell how sure they are.
+    So two sizes alone, which any line meets exactly, still tell how sure they are, and what rounds differ by counts.
     """
     amounts = [timing.amount for timing in timings]
     middle = fit_rate(amounts, [timing.seconds for timing in timings], source)

@@ -20,7 +20,8 @@ from meshwright.errors import ClusterError
 
 
 def line(family: str, fixed: float, rate: float, ranks: int = 1) -> list[Timing]:
-    return [timing(family, size, [fixed + size / rate] * 5, ranks) for size in (1e5, 1e7, 1e9)]
+    timings = [timing(family, size, [fixed + size / rate] * 5, ranks) for size in (1e5, 1e7, 1e9)]
+    return [msgspec.structs.replace(taken, shape=(1, 1, 1, round(taken.amount / 2))) for taken in timings]
 
 
 COMPUTE = ComputeTimings(
@@ -36,7 +37,7 @@ COMPUTE = ComputeTimings(
         timing(LAUNCH, 64, [2e-6] * 5),
         *line(MATMUL + "f32", 1e-5, 50e9),
         *line(MATMUL + "bf16", 1e-5, 25e9),
-        *line(MEMORY, 1e-5, 10e9),
+        *line(MEMORY + "add", 1e-5, 10e9),
     ),
 )
 NETWORK = NetworkTimings(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshwright.calibrate.compute import measure_compute, random_array
-from meshwright.calibrate.timing import DISPATCH, LAUNCH, MEMORY
+from meshwright.calibrate.timing import ARGUMENT, DISPATCH, LAUNCH
 
 
 def test_a_small_budget_still_sees_two_sizes_of_every_family() -> None:
@@ -14,9 +14,9 @@ def test_a_small_budget_still_sees_two_sizes_of_every_family() -> None:
     start = time.perf_counter()
     found = measure_compute(2.0, lambda done, text: told.append((done, text)))
     assert time.perf_counter() - start < 30  # generous: the machine may be busy with others
-    for family in ("matmul f32", "matmul bf16", "matmul f16", MEMORY):
+    for family in ("matmul f32", "matmul bf16", "matmul f16", "memory add"):
         assert len({taken.amount for taken in found.timings if taken.family == family}) >= 2
-    assert sum(taken.family in (DISPATCH, LAUNCH) for taken in found.timings) == 2
+    assert sum(taken.family in (DISPATCH, ARGUMENT, LAUNCH) for taken in found.timings) == 3
     assert all(0 <= taken.low_seconds <= taken.seconds <= taken.high_seconds for taken in found.timings)
     assert all(0 <= done <= 1 for done, _ in told)
     assert found.memory_bytes > 0
