@@ -1,5 +1,9 @@
 """Timings of a made-up link give back that link; what noise and short budgets do to it is bounded."""
 
+import csv
+import gzip
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import pytest
@@ -222,3 +226,18 @@ def test_the_next_size_is_in_the_widest_gap_where_the_line_fits_worst() -> None:
     assert least_known(even, [1 << 24], most_seconds=1.0) is None  # too far beyond what is known
     assert least_known(even, [1 << 22], most_seconds=1e-3) is None  # too long
     assert least_known(even[:1], [1 << 11], most_seconds=1.0) is None
+
+
+@pytest.mark.parametrize(("system", "kind"), [("a100_sxm", "all_reduce"), ("h100_sxm", "all_gather")])
+def test_pieces_meet_clean_curves_of_a_library_with_protocols(system: str, kind: str) -> None:
+    """NCCL's times on eight devices, as far as they are at hand (aiconfigurator's tables)."""
+    path = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "collectives" / "nccl_aiconfigurator.csv.gz"
+    if not path.exists():
+        pytest.skip(f"the table {path.name} is not at hand")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if (row["system"], row["op_name"]) == (system, kind)]
+    rows = [row for row in rows if row["nccl_dtype"] == "half" and row["num_gpus"] == "8"]
+    rows = [row for row in rows if row["nccl_dir"] == rows[0]["nccl_dir"]]
+    fit = fewest_pieces([float(row["bytes"]) for row in rows], [float(row["latency_us"]) * 1e-6 for row in rows])
+    assert fit.error < 0.06
+    assert fit.held_out < 0.1
