@@ -1,6 +1,6 @@
 """How well a machine file's link tells what collectives and transfers take: measured medians beside predictions.
 
-    mpiexec --oversubscribe -n 4 python -m experiments.link_check --cluster machine.json [--budget 60] [--json]
+    mpiexec --oversubscribe -n 4 python -m mpi4py -m experiments.link_check --cluster machine.json [--json]
 
 Measures as ``meshwright calibrate`` does, and asks ``simulate.collective`` for the same messages: by the file's fits,
 and by the closed forms of ``simulate.algorithms`` over its plain link alone, as for a machine without measured
