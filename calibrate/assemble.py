@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from meshwright.calibrate.device_fit import fit_attention, fit_matmuls
+from meshwright.calibrate.device_fit import MatmulChoice, fit_attention, fit_matmuls
 from meshwright.calibrate.fit import FittedFamily, RateFit, fit_timings
 from meshwright.calibrate.hardware import AttentionFit, Cluster, Device, Host, Link, Quantity, parse_cluster
 from meshwright.calibrate.link_fit import (
@@ -44,6 +44,7 @@ class Calibration:
     fits: tuple[FittedFamily, ...]
     compute: ComputeTimings
     network: NetworkTimings | None
+    matmuls: dict[str, MatmulChoice]  # the form that won for each dtype
 
 
 def assemble(compute: ComputeTimings, network: NetworkTimings | None, measured: str) -> Calibration:
@@ -71,7 +72,7 @@ def assemble(compute: ComputeTimings, network: NetworkTimings | None, measured: 
     on_cpu = compute.platform == "cpu"
     devices = ranks if on_cpu else compute.devices
     host_memory = Quantity(float(compute.memory_bytes), f"{measured}, as the machine reports")
-    device = _device(compute, matmuls, memory, host_memory.scaled(1 / devices if on_cpu else 1.0), measured)
+    device, chosen = _device(compute, matmuls, memory, host_memory.scaled(1 / devices if on_cpu else 1.0), measured)
     notes = [f"measured with {compute.settings or 'no settings'}; jax {compute.jax_version}; {compute.cores} cores"]
     notes += [*compute.skipped, *_host_notes(compute.timings)]
     rows = [FittedFamily(f"{MATMUL}{dtype}", 1, fit, "FLOP/s") for dtype, fit in matmuls.items()]
@@ -106,12 +107,12 @@ def assemble(compute: ComputeTimings, network: NetworkTimings | None, measured: 
     )
     name = "calibrated " + ("cpu" if on_cpu else compute.device_kind)
     cluster = Cluster(name=name, hosts=(host,), inter_host=shipped.inter_host, notes=tuple(notes))
-    return Calibration(cluster, tuple(rows), compute, network)
+    return Calibration(cluster, tuple(rows), compute, network, chosen)
 
 
 def _device(
     compute: ComputeTimings, matmuls: dict[str, RateFit], memory: RateFit, memory_bytes: Quantity, measured: str
-) -> Device:
+) -> tuple[Device, dict[str, MatmulChoice]]:
     """``matmul_efficiency`` times the peak is the fitted rate of every dtype; no peak is below a rate seen.
 
     So the efficiency is the least ratio, of any dtype, of the fitted rate to the best one.
@@ -145,7 +146,7 @@ def _device(
         )
         for dtype in matmuls
     }
-    return Device(
+    device = Device(
         name=f"core of {_cpu_name()}" if on_cpu else compute.device_kind,
         memory_bytes=memory_bytes,
         flops_per_second=flops,
@@ -156,6 +157,7 @@ def _device(
         matmul={dtype: choice.fit for dtype, choice in chosen.items() if choice.fit is not None},
         attention=_attention(compute, flops, measured),
     )
+    return device, chosen
 
 
 def _attention(compute: ComputeTimings, flops: dict[str, Quantity], measured: str) -> AttentionFit | None:

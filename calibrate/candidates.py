@@ -1,13 +1,14 @@
 """Which kernels are worth timing: a coarse design that sees every family, then where fits so far are worst."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import product
 from math import prod
 
 import numpy as np
 
 from meshwright.calibrate.benchmarks import DTYPES, Case, amount, input_bytes
-from meshwright.calibrate.fit import fit_timings
+from meshwright.calibrate.fit import RateFit, fit_rate
 from meshwright.calibrate.timing import ATTENTION, CONVOLUTION, COPY, MATMUL, MEMORY, Timing
 
 SQUARES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -118,7 +119,7 @@ def next_case(
         seen = [case for case in known if case.family == family]
         if len({known[case].amount for case in seen}) < 2:
             continue
-        fit = fit_timings([known[case] for case in seen], "so far")
+        fit = _line(tuple(known[case].amount for case in seen), tuple(known[case].seconds for case in seen))
         misfit = np.array([abs(np.log(fit.seconds(known[case].amount) / known[case].seconds)) for case in seen])
         places = np.log2(np.array([case.shape for case in seen], float))
         most = max(known[case].amount for case in seen)
@@ -136,3 +137,9 @@ def next_case(
             if best is None or doubt > best[0] or (doubt == best[0] and prod(case.shape) < prod(best[1].shape)):
                 best = doubt, case
     return best[1] if best else None
+
+
+@lru_cache(maxsize=256)
+def _line(amounts: tuple[float, ...], seconds: tuple[float, ...]) -> RateFit:
+    """Kept, since of all families only the one that was measured last has changed."""
+    return fit_rate(amounts, seconds, "so far")

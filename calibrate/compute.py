@@ -30,6 +30,7 @@ from meshwright.calibrate.timing import (
     DISPATCH,
     LAUNCH,
     ComputeTimings,
+    Measured,
     Timing,
     merged,
     sample,
@@ -39,7 +40,7 @@ from meshwright.calibrate.timing import (
     widened,
 )
 
-__all__ = ["FLOAT32", "Measured", "busy_matmul_seconds", "matmul_call", "measure_compute", "random_array"]
+__all__ = ["FLOAT32", "busy_matmul_seconds", "matmul_call", "measure_compute", "random_array"]
 
 CHAIN = 64  # operations in one program, long enough that their launches outweigh the one dispatch
 ARGUMENTS = 64
@@ -52,15 +53,6 @@ MEMORY_SHARE = 0.25  # of the device's memory for the arrays of one case
 MOST_HOST_BYTES = 1 << 31  # of random numbers that are drawn for one case
 MOST_CPU_BYTES = 1 << 28
 KEPT_BYTES = 1 << 22  # arrays of a program that is kept from the first round to the second
-
-
-class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One timing of one round, as an interrupted calibration keeps it; ``spent_seconds`` of wall time."""
-
-    device_kind: str
-    round: int
-    timing: Timing
-    spent_seconds: float
 
 
 def measure_compute(

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from meshwright.calibrate.assemble import Calibration, assemble
-from meshwright.calibrate.timing import ComputeTimings, NetworkTimings
+from meshwright.calibrate.partial import Partial
+from meshwright.calibrate.timing import ComputeTimings, Measured, NetworkTimings
 from meshwright.errors import ExecutionError
 from meshwright.ranks import single_threaded
 
@@ -29,12 +30,15 @@ Progress = Callable[[float, str], None]
 T = TypeVar("T")
 
 
-def calibrate_machine(budget_seconds: float, ranks: int, progress: Progress) -> Calibration:
+def calibrate_machine(
+    budget_seconds: float, ranks: int, progress: Progress, partial: Partial | None = None
+) -> Calibration:
     """Measure this machine within a budget of wall time and return its cluster.
 
     Args:
         ranks: MPI ranks for the links; 1 leaves them out.
         progress: called with the share done (0..1) and what comes next.
+        partial: what an interrupted run left; each timing of the device is added to it. Links are measured anew.
 
     Raises:
         ExecutionError: MPI is missing, or a measuring process failed.
@@ -45,16 +49,22 @@ def calibrate_machine(budget_seconds: float, ranks: int, progress: Progress) -> 
     environment = worker_environment(os.environ)
     share = COMPUTE_SHARE if mpiexec else 1.0
     worker = [sys.executable, "-m", "meshwright.calibrate.worker"]
-    compute = _run_worker(
-        [*worker, "compute", str(start + share * (deadline - start))],
-        environment,
-        deadline + GRACE_SECONDS,
-        lambda done, text: progress(share * done, text),
-        ComputeTimings,
-    )
+    compute = partial.compute if partial else None
+    if compute is None:
+        compute = run_worker(
+            [*worker, "compute", str(start + share * (deadline - start))],
+            environment,
+            deadline + GRACE_SECONDS,
+            lambda done, text: progress(share * done, text),
+            ComputeTimings,
+            known=partial.measured if partial else (),
+            keep=partial.add if partial else None,
+        )
+        if partial:
+            partial.finish(compute)
     network = None
     if mpiexec is not None and compute.platform == "cpu":
-        network = _run_worker(
+        network = run_worker(
             [mpiexec, "--oversubscribe", "-n", str(ranks), *worker, "network", str(deadline)],
             {**environment, **RUN_AS_ROOT, "JAX_PLATFORMS": "cpu"},
             deadline + GRACE_SECONDS,
@@ -88,14 +98,25 @@ def worker_environment(base: Mapping[str, str]) -> dict[str, str]:
     return single_threaded(kept)
 
 
-def _run_worker(
-    command: Sequence[str], environment: dict[str, str], deadline: float, progress: Progress, result_type: type[T]
+def run_worker(
+    command: Sequence[str],
+    environment: dict[str, str],
+    deadline: float,
+    progress: Progress,
+    result_type: type[T],
+    known: Sequence[Measured] = (),
+    keep: Callable[[Measured], None] | None = None,
 ) -> T:
-    """Run one measuring command to its result; on any way out, the command and its children are gone."""
+    """Run one measuring command to its result; on any way out, the command and its children are gone.
+
+    It finds ``known`` on its stdin, as JSON; ``keep`` is called with each timing that it says to keep.
+    """
     result: Any = None
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, tempfile.TemporaryFile() as told:
+        told.write(msgspec.json.encode(known))
+        told.seek(0)
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True,
+            command, env=environment, stdin=told, stdout=subprocess.PIPE, stderr=errors, text=True,
             start_new_session=True,
         )  # fmt: skip
         watchdog = threading.Timer(max(1.0, deadline - time.time()), _end, [process])
@@ -106,6 +127,9 @@ def _run_worker(
                 message = json.loads(line)
                 if "result" in message:
                     result = message["result"]
+                elif "keep" in message:
+                    if keep is not None:
+                        keep(msgspec.convert(message["keep"], Measured))
                 else:
                     progress(message["done"], message["next"])
             code = process.wait()

@@ -38,6 +38,15 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     rounds: tuple[float, ...] = ()
 
 
+class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One timing of one round, as an interrupted calibration keeps it; ``spent_seconds`` of wall time."""
+
+    device_kind: str
+    round: int
+    timing: Timing
+    spent_seconds: float
+
+
 class ComputeTimings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that was measured on one device, and what the machine says of itself."""
 

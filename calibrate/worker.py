@@ -1,7 +1,9 @@
 """The process that measures: ``python -m meshwright.calibrate.worker compute|network DEADLINE``.
 
-DEADLINE is in seconds since 1970. It speaks JSON lines on stdout: ``{"done": 0.4, "next": "matmul f32 512³"}`` as it
-goes on, ``{"result": ...}`` last. A process of its own, because XLA reads its flags once, when JAX starts.
+DEADLINE is in seconds since 1970. It speaks JSON lines on stdout: ``{"done": 0.4, "next": "matmul f32 1×64×64×64"}``
+as it goes on, ``{"keep": ...}`` for each timing of the device, ``{"result": ...}`` last. On stdin it reads the timings
+that an interrupted run kept, as one JSON array, or nothing. A process of its own, because XLA reads its
+flags once, when JAX starts.
 """
 
 import os
@@ -11,6 +13,8 @@ from collections.abc import Callable
 from typing import TextIO
 
 import msgspec
+
+from meshwright.calibrate.timing import Measured
 
 
 def main(arguments: list[str]) -> int:
@@ -24,8 +28,10 @@ def main(arguments: list[str]) -> int:
     def progress(done: float, text: str) -> None:
         say({"done": done, "next": text})
 
-    measure = {"compute": _compute, "network": _network}[part]
-    measure(deadline, progress, lambda result: say({"result": result}))
+    if part == "compute":
+        _compute(deadline, progress, say)
+    else:
+        _network(deadline, progress, lambda result: say({"result": result}))
     return 0
 
 
@@ -36,10 +42,12 @@ def _own_stdout() -> TextIO:
     return lines
 
 
-def _compute(deadline: float, progress: Callable[[float, str], None], finish: Callable[[object], None]) -> None:
+def _compute(deadline: float, progress: Callable[[float, str], None], say: Callable[[object], None]) -> None:
     from meshwright.calibrate.compute import measure_compute
 
-    finish(measure_compute(max(1.0, deadline - time.time()), progress))
+    known = msgspec.json.decode(sys.stdin.buffer.read() or b"[]", type=tuple[Measured, ...])
+    budget_seconds = max(1.0, deadline - time.time())
+    say({"result": measure_compute(budget_seconds, progress, known, lambda measured: say({"keep": measured}))})
 
 
 def _network(deadline: float, progress: Callable[[float, str], None], finish: Callable[[object], None]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,12 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="MPI ranks for the links (default: one a core, at least 2; 1: no links)"
     )
+    parser.add_argument("--report", metavar="DIR", help="write a page with a picture of every fit into this folder")
+    parser.add_argument("--fresh", action="store_true", help="measure all anew after an interrupted calibration")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the file, print the residuals; under ``mpiexec``, rank 0 does it for as many ranks."""
-    from meshwright.calibrate.session import calibrate_machine
+    from meshwright.calibrate.partial import Partial
+    from meshwright.calibrate.session import calibrate_machine, worker_environment
 
     rank, size = mpi_place(os.environ)
     if rank != 0:
@@ -44,9 +48,17 @@ def run(args: argparse.Namespace) -> int:
     if not out.absolute().parent.is_dir():
         raise ClusterError(f"--out {out}: the folder {out.parent} does not exist; make it or choose another")
     start = time.perf_counter()
+    partial = Partial(out, worker_environment(os.environ), args.fresh)
+    if partial.notice:
+        print(partial.notice, file=sys.stderr)
     with progress_display("calibrate") as progress:
-        calibration = calibrate_machine(args.budget, ranks, progress)
+        calibration = calibrate_machine(args.budget, ranks, progress, partial)
     save_cluster(calibration.cluster, out)
+    partial.remove()
+    if args.report:
+        from meshwright.calibrate.report import write_report
+
+        page = write_report(calibration, Path(args.report))
     spent_seconds = time.perf_counter() - start
     rows = [
         {
@@ -57,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
             "unit": row.unit,
             "error_median": row.fit.residual.median,
             "error_p90": row.fit.residual.p90,
+            "error_low": row.fit.residual.low,
+            "error_high": row.fit.residual.high,
             "points": row.fit.residual.points,
         }
         for row in calibration.fits
@@ -74,6 +88,10 @@ def run(args: argparse.Namespace) -> int:
     slowdown = calibration.cluster.hosts[0].busy_slowdown
     if slowdown is not None:
         print(f"{ranks} ranks at once on {cores} cores: each {slowdown.value:.2f} times slower than alone")
+    for dtype, choice in calibration.matmuls.items():
+        print(f"matmul {dtype}: {choice}")
+    if args.report:
+        print(f"report: {page}")
     print(f"wrote {out} after {spent_seconds:.0f} s; plan for it with --cluster {out}")
     return 0
 

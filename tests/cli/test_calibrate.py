@@ -77,19 +77,36 @@ def children_heed_interrupts() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("children_heed_interrupts")
-def test_an_interrupted_run_leaves_no_file(tmp_path: Path) -> None:
+def test_an_interrupted_run_leaves_its_timings_for_the_next_and_no_machine_file(tmp_path: Path) -> None:
+    out = tmp_path / "machine.json"
     process = subprocess.Popen(
-        [*COMMAND, "--budget", "60s", "--ranks", "1", "--out", str(tmp_path / "machine.json")],
+        [*COMMAND, "--budget", "60s", "--ranks", "1", "--out", str(out)],
         stderr=subprocess.PIPE,
         text=True,
         cwd=TREE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     assert process.stderr is not None
+    partial = tmp_path / "machine.json.partial"
     process.stderr.readline()  # the first line of progress: the worker is at it
+    while partial.read_text().count("\n") < 4:
+        time.sleep(0.05)
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert time.monotonic() - start < 30
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [partial]
+    kept = {line for line in partial.read_text().splitlines() if '"measured"' in line}
+    assert len(kept) >= 3
+    again = subprocess.run(
+        [*COMMAND, "--budget", "5s", "--ranks", "1", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        cwd=TREE,
+    )
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stderr
+    assert list(tmp_path.iterdir()) == [out]
