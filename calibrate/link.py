@@ -32,7 +32,7 @@ class CollectiveFit(Record, frozen=True, kw_only=True):
     adds on the switch (NVLink SHARP).
 
     ``message_bytes`` is the size of the *whole* array: the reduced one, the gathered one, the one before scattering,
-    for an all-to-all what all ranks hold together; for a permute, what each rank sends.
+    for an all-to-all and a permute what all ranks hold together.
     """
 
     ranks: int
