@@ -1,6 +1,19 @@
 """A timing is a median with its quartiles; calls are repeated as often as a budget has room for."""
 
-from meshwright.calibrate.timing import FEWEST_REPEATS, MOST_REPEATS, repeats_within, sample_within, timing
+import time
+
+import pytest
+
+from meshwright.calibrate.timing import (
+    FEWEST_REPEATS,
+    MOST_REPEATS,
+    merged,
+    repeats_within,
+    sample_batches,
+    sample_within,
+    timing,
+    widened,
+)
 
 
 def test_the_median_stands_between_its_quartiles() -> None:
@@ -19,3 +32,36 @@ def test_a_call_is_warmed_before_it_is_timed() -> None:
     samples = sample_within(lambda: calls.append(None), 0.0)
     assert len(samples) == FEWEST_REPEATS
     assert len(calls) == FEWEST_REPEATS + 3  # one that warms, two that say how long a call takes
+
+
+def test_rounds_are_merged_to_their_middle_and_a_spread_that_covers_both() -> None:
+    both = merged([timing("memory add", 8, [1.0, 2.0, 3.0]), timing("memory add", 8, [7.0, 8.0, 9.0])])
+    assert both.seconds == pytest.approx(4.0)
+    assert both.rounds == (2.0, 8.0)
+    assert (both.low_seconds, both.high_seconds, both.repeats) == (1.5, 8.5, 6)
+
+
+def test_what_was_seen_once_is_as_uncertain_as_rounds_are_apart() -> None:
+    twice = merged([timing("memory add", 8, [2.0]), timing("memory add", 8, [3.0])])
+    once = merged([timing("memory add", 16, [4.0])])
+    _, wide = widened([twice, once])
+    assert (wide.low_seconds, wide.high_seconds) == (pytest.approx(4 / 1.5), pytest.approx(6.0))
+    assert widened([once]) == (once,)
+
+
+def test_a_batch_is_waited_for_once_and_its_time_is_shared_out() -> None:
+    """A device that takes 10 µs for each call, and a way to it and back of 100 µs."""
+    ends = [0.0]
+
+    def start() -> float:
+        ends[0] = max(ends[0], time.perf_counter()) + 1e-5
+        return ends[0]
+
+    def wait(result: object) -> None:
+        last = result[-1] if isinstance(result, list) else result
+        assert isinstance(last, float)
+        while time.perf_counter() < last + 1e-4:
+            pass
+
+    samples = sample_batches(start, wait, 0.05)
+    assert min(samples) < 5e-5  # one at a time, each would take 1.1e-4

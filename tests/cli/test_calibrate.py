@@ -110,3 +110,31 @@ def test_an_interrupted_run_leaves_its_timings_for_the_next_and_no_machine_file(
     assert again.returncode == 0, again.stderr
     assert "going on from" in again.stderr
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_runs_agree_within_the_ranges_that_they_state(tmp_path: Path) -> None:
+    """Generous: of all ranged numbers of the device, four in five overlap; and each run keeps its budget."""
+    budget_seconds = 60
+    found = []
+    for name in ("first", "second"):
+        out = tmp_path / f"{name}.json"
+        start = time.monotonic()
+        command = [*COMMAND, "--budget", f"{budget_seconds}s", "--ranks", "1", "--out", str(out)]
+        subprocess.run(command, capture_output=True, timeout=400, check=True, cwd=TREE)
+        assert time.monotonic() - start < 1.25 * budget_seconds
+        device = load_cluster(out).hosts[0].device
+        numbers = {f"{dtype} flops": rate for dtype, rate in device.flops_per_second.items()}
+        for field in ("matmul_efficiency", "memory_bytes_per_second", "launch_seconds", "dispatch_seconds"):
+            numbers[field] = getattr(device, field)
+        found.append(numbers)
+    first, second = found
+    assert first.keys() == second.keys()
+    apart = []
+    for name in first:
+        lows, highs = zip(*((each[name].low, each[name].high) for each in found), strict=True)
+        assert None not in lows + highs, name
+        if max(lows) > min(highs):
+            apart.append(name)
+    assert len(apart) <= len(first) // 5, apart
