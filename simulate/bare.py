@@ -16,11 +16,13 @@ from meshwright.simulate.build import weave
 from meshwright.simulate.code import KIND, MICROBATCH, OTHER, SEND, STAGE, WHAT, WHATS, Code, decode, encode
 from meshwright.simulate.costs import PipelineCosts, StageCosts, TransferCost
 from meshwright.simulate.pipeline import simulate
-from meshwright.simulate.program import Program, Receive, Send, compute_only
-from meshwright.simulate.schedules.base import NO_OPTIONS, Options, Row, Times, chain, in_a_line
+from meshwright.simulate.program import Compute, Program, Receive, Send, compute_only
+from meshwright.simulate.schedules.base import NO_OPTIONS, Edges, Options, Row, Times, chain, in_a_line
 from meshwright.simulate.schedules.table import find_schedule
 from meshwright.simulate.timeline import Timeline
-from meshwright.simulate.verify import verify
+from meshwright.simulate.verify import need_numbered, tail_in_order, verify
+
+BETWEEN = ("activation", "cotangent")  # stages exchange these for each micro-batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,23 +88,26 @@ def bare_code(
 def play_program(program: Program, times: StageTimes = UNIT_TIMES, hop_seconds: float = 0.0) -> Timeline:
     """A program written by hand (``program.parse``), proved right first; each of its stages takes these times.
 
-    Where it names no transfer at all, its stages are taken for a chain and the transfers are put in.
+    Where it names no activation and no cotangent, its stages are taken for a chain and these are put in.
 
     Raises:
         ScheduleError: the program is no correct step; the message says where.
     """
-    if not any(isinstance(step, Send | Receive) for row in program for step in row):
-        program = _chained(program)
-    verify(program)
+    need_numbered(program)
+    edges = None
+    if not any(isinstance(step, Send | Receive) and step.what in BETWEEN for row in program for step in row):
+        tail_in_order(program)
+        program, edges = _chained(program)
+    verify(program, edges)
     code = encode(program)
     return simulate(code, equal_costs(code, times, hop_seconds))
 
 
-def _chained(program: Program) -> Program:
-    """Computations alone, with the transfers of a chain of stages between them."""
+def _chained(program: Program) -> tuple[Program, Edges]:
+    """Computations with the transfers of a chain of stages between them, what else there is after them; the edges."""
     code = encode(compute_only(program))
     if not code.count:
-        return program
+        return program, ()
     stages = 1 + int(code.table[:, STAGE].max())
     if missing := set(range(stages)) - set(code.table[:, STAGE].tolist()):
         raise ScheduleError(f"stage {min(missing)} is on no mesh; stages of a chain are numbered 0..{stages - 1}")
@@ -110,7 +115,9 @@ def _chained(program: Program) -> Program:
     for start, stop in pairwise(code.row_start.tolist()):
         kind, stage, microbatch = (code.table[start:stop, column].copy() for column in (KIND, STAGE, MICROBATCH))
         rows.append(Row(kind, stage, microbatch, np.zeros(stop - start, np.bool_)))
-    return decode(weave(in_a_line(rows, stages), chain(stages), tail=False))
+    woven = decode(weave(in_a_line(rows, stages), chain(stages), tail=False))
+    tails = (tuple(step for step in row if not isinstance(step, Compute)) for row in program)
+    return tuple(row + tail for row, tail in zip(woven, tails, strict=True)), chain(stages)
 
 
 def equal_costs(code: Code, times: StageTimes, hop_seconds: float = 0.0, share: float = 1.0) -> PipelineCosts:

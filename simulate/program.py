@@ -25,6 +25,7 @@ PAYLOADS: dict[str, Payload] = {
     "s": "square",
     "n": "norm",
 }
+MOST = 2**31 - 2
 ONCE = -1  # the micro-batch number of what is sent once per iteration
 
 
@@ -147,16 +148,17 @@ def parse_word(text: str) -> Instruction:
     Raises:
         ScheduleError: the text is no word of a program.
     """
-    if match := re.fullmatch(r"(\d+)([FBIW])(\d+)", text):
+    if match := re.fullmatch(r"([0-9]+)([FBIW])([0-9]+)", text):
         stage, kind, microbatch = match.groups()
-        return COMPUTES[kind](int(stage), int(microbatch))
-    if match := re.fullmatch(r"(\d+)([<>])(\d+)([acgpsn])(\d*)", text):
+        return COMPUTES[kind](_count(stage), _count(microbatch))
+    if match := re.fullmatch(r"([0-9]+)([<>])([0-9]+)([acgpsn])([0-9]*)", text):
         stage, way, other, letter, microbatch = match.groups()
         make = Send if way == ">" else Receive
-        return make(int(stage), int(other), PAYLOADS[letter], int(microbatch) if microbatch else ONCE)
-    if match := re.fullmatch(r"(\d+)([RUG])", text):
+        number = _count(microbatch) if microbatch else ONCE
+        return make(_count(stage), _count(other), PAYLOADS[letter], number)
+    if match := re.fullmatch(r"([0-9]+)([RUG])", text):
         stage, kind = match.groups()
-        return ONCE_KINDS[kind](int(stage))
+        return ONCE_KINDS[kind](_count(stage))
     raise ScheduleError(
         f"{text!r} is not an instruction; words look like 0F2, 0B2, 0I2, 0W2, 0>1a2, 1<0a2, 0R, 0U or 0G"
     )
@@ -166,15 +168,25 @@ def parse(text: str) -> Program:
     """The program that ``show`` wrote; the ``mesh 0:`` in front of a line may be left out.
 
     Raises:
-        ScheduleError: a word is no instruction.
+        ScheduleError: a word is no instruction, or a label is not the number of its line.
     """
-    lines = [line.rpartition(":")[2].split() for line in text.splitlines() if line.strip()]
-    return tuple(tuple(map(parse_word, words)) for words in lines)
+    lines = [line.rpartition(":") for line in text.splitlines() if line.strip()]
+    for number, (label, colon, _) in enumerate(lines):
+        if colon and label.split() != ["mesh", str(number)]:
+            raise ScheduleError(f"line {number + 1} begins with {label.strip()!r}: it is mesh {number}")
+    return tuple(tuple(map(parse_word, words.split())) for _, _, words in lines)
 
 
 def compute_only(program: Program) -> Program:
     """The forwards and backwards alone: the schedule without transfers and tail."""
     return tuple(tuple(step for step in row if isinstance(step, Compute)) for row in program)
+
+
+def _count(digits: str) -> int:
+    """A number of a stage or micro-batch; programs are stored in 32 bits."""
+    if len(digits) > len(str(MOST)) or int(digits) > MOST:
+        raise ScheduleError(f"{digits} is too large a number; stages and micro-batches end at {MOST:,}")
+    return int(digits)
 
 
 def _number(microbatch: int) -> str:

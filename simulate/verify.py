@@ -37,7 +37,7 @@ def verify(
     Proved: every stage lives on one mesh and runs the forward and the backward of each of its micro-batches once, the
     forward first, the backward whole or as its two halves in order; each ``Send`` follows the computation that makes
     its payload and has one ``Receive``, which precedes the computation that needs it; every micro-batch crosses the
-    same edges, cotangents only where activations went; on one mesh the stages of an edge run in its order; ``Reduce``
+    same edges, and for each activation a cotangent comes back; on one mesh the stages of an edge run in its order; ``Reduce``
     follows all backwards, ``Update`` follows ``Reduce`` and ``Gather`` follows ``Update``; no device has two rows, so
     that the collectives of each device have one order; no mesh holds more activations than it may; and all rows, run
     together, reach their ends.
@@ -53,18 +53,37 @@ def verify(
     Raises:
         ScheduleError: the first violation found, in the words of the program's text form.
     """
+    need_numbered(program)
     place = _places(program)
     microbatches = _complete(place, copies)
     _matched(program, place, microbatches, edges)
     if edges is not None:
         _in_order_at_home(place, edges)
-    _tail(program, place)
+    tail_in_order(program)
     if mesh_devices is not None:
         _one_row_a_device(program, mesh_devices)
     if most_live is not None:
         for mesh, (row, most) in enumerate(zip(program, most_live, strict=True)):
             _within(mesh, row, most)
     refuse_deadlock(program)
+
+
+def need_numbered(program: Program) -> None:
+    """Refuse numbers that no complete program of this length has, before anything counts up to them.
+
+    Raises:
+        ScheduleError: a stage or micro-batch has a number that is not below the number of instructions.
+    """
+    count = sum(map(len, program))
+    for row in program:
+        for step in row:
+            for name in ("stage", "microbatch"):
+                number = getattr(step, name, 0)
+                if number >= count:
+                    raise ScheduleError(
+                        f"{word(step)} is of {name.replace('microb', 'micro-b')} {number}; {count} instructions are too "
+                        "few for all before it, and they are numbered from 0"
+                    )
 
 
 Place = dict[Instruction, tuple[int, int]]  # instruction → (mesh, position)
@@ -161,6 +180,11 @@ def _matched(
             raise ScheduleError(
                 f"edge {source} → {target} carries {count} of {len(microbatches[source])} micro-batches"
             )
+    for step in place:
+        if isinstance(step, Send) and step.what == "activation":
+            answer = Send(step.target, step.stage, "cotangent", step.microbatch)
+            if answer not in place:
+                raise ScheduleError(f"{word(step)} has no answer: {word(answer)} is missing")
     if edges is not None:
         home = {step.stage: r for r, row in enumerate(program) for step in row}
         wanted = {(source, target) for source, target in edges if home[source] != home[target]}
@@ -225,7 +249,13 @@ def _within(mesh: int, row: Sequence[Instruction], most: int) -> None:
             live -= 1
 
 
-def _tail(program: Program, place: Place) -> None:
+def tail_in_order(program: Program) -> None:
+    """Refuse a ``Reduce`` before a backward, an ``Update`` before its ``Reduce``, a ``Gather`` before its ``Update``.
+
+    Raises:
+        ScheduleError: the first that stands too early, or alone.
+    """
+    place = _places(program)
     last_backward = {
         step.stage: position
         for step, (_, position) in place.items()
