@@ -18,7 +18,7 @@ from meshwright.simulate.operations import Attention
 
 POOL = 1_000_003  # random numbers that are repeated to fill an array: a prime, so that rows differ
 SMALL_BYTES = 1 << 20  # up to which a program holds several products, so that their dispatch is shared
-COPIES = 8
+COPIES = 4
 COLUMNS = 512  # of matrices whose rows are summed, gathered and scattered
 FLOAT32 = jnp.dtype(jnp.float32)
 DTYPES = {"f32": FLOAT32, "bf16": jnp.dtype(jnp.bfloat16), "f16": jnp.dtype(jnp.float16)}

@@ -32,6 +32,8 @@ COARSE_MATMULS = (
 )
 COARSE_MEMORY = (1 << 20, 1 << 24)
 ACCELERATOR_MATMULS = ((1, 4096, 4096, 4096), (1, 2048, 4096, 1024))
+NEEDED = (*(f"{MATMUL}{dtype}" for dtype in DTYPES), f"{MEMORY}add")  # no device can do without
+NEEDED_SIZES = 2
 LEAST_MISFIT = 0.03  # what a family meets well may still bend where nobody has looked
 WEIGHT = {MATMUL: 1.0, ATTENTION: 0.6, CONVOLUTION: 0.4, MEMORY: 0.5, COPY: 0.3}  # matmuls are most of a step
 FARTHEST = 16.0  # times the largest amount so far: the time of larger kernels is a guess
@@ -39,7 +41,7 @@ FEWEST = 4  # of a family before its fit says anything
 
 
 def coarse(accelerator: bool) -> list[Case]:
-    """The first design: small before large, each family soon, so that a short budget still sees all of them.
+    """The first design: two sizes of what no device can do without, then matmuls, then the other families in turns.
 
     Args:
         accelerator: a GPU, for which cuDNN's attention and larger products are in reach.
@@ -53,18 +55,20 @@ def coarse(accelerator: bool) -> list[Case]:
         shapes[MATMUL] += ACCELERATOR_MATMULS
         shapes[ATTENTION] += [(4, 16, 2048, 128)]
         shapes[CONVOLUTION] += [(64, 28, 128, 256, 3)]
-    columns = []
+    columns = {}
     for family in families(accelerator):
         prefix = family.partition(" ")[0] + " "
         sizes = [(nbytes,) for nbytes in COARSE_MEMORY] if prefix in (MEMORY, COPY) else shapes[prefix]
-        columns.append([Case(family, tuple(shape)) for shape in sizes])
+        columns[family] = [Case(family, tuple(shape)) for shape in sizes]
+    first = [columns[family][place] for place in range(NEEDED_SIZES) for family in NEEDED]
+    matmuls = [columns[f"{MATMUL}{dtype}"] for dtype in DTYPES]
+    others = [column for family, column in columns.items() if family not in NEEDED]
+    return [*first, *_in_turns([column[NEEDED_SIZES:] for column in matmuls]), *_in_turns(others)]
+
+
+def _in_turns(columns: Sequence[Sequence[Case]]) -> list[Case]:
     longest = max(map(len, columns))
     return [column[place] for place in range(longest) for column in columns if place < len(column)]
-
-
-def needed(accelerator: bool) -> int:
-    """How many of the coarse design's first cases every device needs: two sizes of matmuls and of a memory family."""
-    return len(families(accelerator)) + len(DTYPES) + 1
 
 
 def families(accelerator: bool) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from meshwright.calibrate.benchmarks import (
     program_of,
     random_array,
 )
-from meshwright.calibrate.candidates import candidates, coarse, needed, next_case
+from meshwright.calibrate.candidates import NEEDED, NEEDED_SIZES, candidates, coarse, next_case
 from meshwright.calibrate.timing import (
     ARGUMENT,
     DISPATCH,
@@ -45,7 +45,7 @@ __all__ = ["FLOAT32", "busy_matmul_seconds", "matmul_call", "measure_compute", "
 CHAIN = 64  # operations in one program, long enough that their launches outweigh the one dispatch
 ARGUMENTS = 64
 CASE_SHARE = 1 / 400  # of the budget for the calls of one case: a few hundred fit
-FIRST_ROUND_SHARE = 0.6
+FIRST_ROUND_SHARE = 0.65
 SMALLEST_CASE_SECONDS, LARGEST_CASE_SECONDS = 0.01, 0.25
 LONGEST_CALL_SHARE = 1 / 8  # of the time that is left, for the calls that a case needs at least
 CALLS = 8  # warming, the trial, and those that count
@@ -124,7 +124,7 @@ class _Run:
     def first_round(self) -> None:
         self._host(0)
         for place, case in enumerate(coarse(self.accelerator)):
-            if place < needed(self.accelerator) or self.left(FIRST_ROUND_SHARE) > 0:
+            if place < NEEDED_SIZES * len(NEEDED) or self.left(FIRST_ROUND_SHARE) > 0:
                 self._kernel(case, 0)
         pool = candidates(self.accelerator)
         while (left := self.left(FIRST_ROUND_SHARE)) > 0:

@@ -6,6 +6,7 @@ as few parameters as it can do with, and is judged by timings that its fit has n
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +37,8 @@ class MatmulChoice:
     residual: Residual
 
     def __str__(self) -> str:
-        errors = ", ".join(f"{form} {error:.1%}" for form, error in self.held_out.items())
-        return f"mean error at shapes held out: {errors}; {self.residual}"
+        errors = ", ".join(f"{form} {error:.1%}" for form, error in self.held_out.items() if isfinite(error))
+        return f"mean error at shapes held out: {errors or 'too few to tell'}; {self.residual}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,7 +21,7 @@ from meshwright.calibrate.timing import ComputeTimings, Measured, NetworkTimings
 from meshwright.errors import ExecutionError
 from meshwright.ranks import single_threaded
 
-COMPUTE_SHARE = 0.35  # of the budget; the links have more to measure, and four processes to start
+COMPUTE_SHARE = 0.45  # of the budget; the rest is for the links, which have more processes to start
 ENDING_SHARE = 0.08  # kept for the measurement under way when the time is over, for ending the ranks and for the fits
 GRACE_SECONDS = 60.0  # past the deadline, before a worker counts as stuck
 RUN_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -51,7 +51,7 @@ def calibrate_machine(
     worker = [sys.executable, "-m", "meshwright.calibrate.worker"]
     compute = partial.compute if partial else None
     if compute is None:
-        compute = run_worker(
+        compute = _run_worker(
             [*worker, "compute", str(start + share * (deadline - start))],
             environment,
             deadline + GRACE_SECONDS,
@@ -64,7 +64,7 @@ def calibrate_machine(
             partial.finish(compute)
     network = None
     if mpiexec is not None and compute.platform == "cpu":
-        network = run_worker(
+        network = _run_worker(
             [mpiexec, "--oversubscribe", "-n", str(ranks), *worker, "network", str(deadline)],
             {**environment, **RUN_AS_ROOT, "JAX_PLATFORMS": "cpu"},
             deadline + GRACE_SECONDS,
@@ -98,7 +98,7 @@ def worker_environment(base: Mapping[str, str]) -> dict[str, str]:
     return single_threaded(kept)
 
 
-def run_worker(
+def _run_worker(
     command: Sequence[str],
     environment: dict[str, str],
     deadline: float,

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from meshwright.calibrate.benchmarks import Case, amount, input_bytes, program_of
-from meshwright.calibrate.candidates import candidates, coarse, families, needed, next_case
+from meshwright.calibrate.candidates import NEEDED, NEEDED_SIZES, candidates, coarse, families, next_case
 from meshwright.calibrate.timing import ATTENTION, CONVOLUTION, COPY, MATMUL, MEMORY, Timing, timing
 
 
@@ -19,8 +19,10 @@ def test_there_are_hundreds_of_candidates_of_every_family(accelerator: bool) -> 
     assert {case.family for case in pool} == set(families(accelerator))
     first = coarse(accelerator)
     assert {case.family for case in first} == set(families(accelerator))
-    for prefix in (f"{MATMUL}f32", f"{MATMUL}bf16", f"{MATMUL}f16", f"{MEMORY}add"):
-        assert len({amount(case) for case in first[: needed(accelerator)] if case.family == prefix}) == 2
+    for family in NEEDED:
+        sizes = {amount(case) for case in first[: NEEDED_SIZES * len(NEEDED)] if case.family == family}
+        assert len(sizes) == NEEDED_SIZES
+    assert len(set(first)) == len(first)
 
 
 def test_the_family_that_its_line_meets_worst_comes_first() -> None:
