@@ -6,11 +6,13 @@ Plain data without JAX or anything else that may be missing: ``measure`` reads i
 from dataclasses import dataclass
 
 PHASES = ("calibrate", "train", "mfu", "pipeline")
+PREPARE = "prepare"  # a job, no phase: Numba compiles the planner and the simulator, once for all that plan
 
 # Import names of what a phase needs beyond Python, and what pip calls it where that differs.
 _ALWAYS = ("jax", "numpy", "scipy", "msgspec")
 _PLANNING = ("numba", "pulp", "highspy", "optax")
 NEEDS: dict[str, tuple[str, ...]] = {
+    PREPARE: (*_ALWAYS, *_PLANNING),
     "calibrate": _ALWAYS,
     "train": (*_ALWAYS, *_PLANNING),
     "mfu": (*_ALWAYS, "optax"),
@@ -61,7 +63,9 @@ TINY_CASES = (
 )
 TINY_PIPELINE_CASE = Case("gpt:layers=2,hidden=64,heads=4,seq=64,vocab=256", 8)
 
+PREPARE_WEIGHT = 2.0
 CALIBRATE_WEIGHT = 4.0
+MOST_CALIBRATE_SECONDS = 150.0
 STRETCH = 3.0
 
 
@@ -74,7 +78,9 @@ def jobs_of(phases: tuple[str, ...], tiny: bool) -> tuple[Job, ...]:
     cases = TINY_CASES if tiny else CASES
     pipeline_case = TINY_PIPELINE_CASE if tiny else PIPELINE_CASE
     fused = [case for case in cases if not (tiny or case.model.startswith("wresnet"))]
+    plans = bool(NEED_MACHINE & set(phases))
     every = (
+        Job(PREPARE, None, PREPARE_WEIGHT),
         Job("calibrate", None, CALIBRATE_WEIGHT),
         *(Job("train", case, case.weight) for case in cases),
         *(Job("mfu", case, case.weight, "xla") for case in cases),
@@ -82,7 +88,7 @@ def jobs_of(phases: tuple[str, ...], tiny: bool) -> tuple[Job, ...]:
         *(Job("mfu", case, case.weight, "cudnn") for case in fused),
         *(Job("mfu", case, case.weight, "zoo") for case in cases),
     )
-    return tuple(job for job in every if job.phase in phases)
+    return tuple(job for job in every if job.phase in phases or (job.phase == PREPARE and plans))
 
 
 def limit_seconds(job: Job, later: tuple[Job, ...], left_seconds: float) -> float:
@@ -92,5 +98,6 @@ def limit_seconds(job: Job, later: tuple[Job, ...], left_seconds: float) -> floa
     theirs (``STRETCH``). The last job may use all that is left.
     """
     total = job.weight + sum(other.weight for other in later)
-    stretch = 1.0 if job.phase == "calibrate" else STRETCH
-    return left_seconds * min(1.0, stretch * job.weight / total)
+    if job.phase == "calibrate":
+        return min(MOST_CALIBRATE_SECONDS, left_seconds * job.weight / total)
+    return left_seconds * min(1.0, STRETCH * job.weight / total)

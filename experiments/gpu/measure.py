@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.gpu.cases import NEED_MACHINE, PHASES, Job, jobs_of, limit_seconds
+from experiments.gpu.cases import NEED_MACHINE, PHASES, PREPARE, Job, jobs_of, limit_seconds
 from experiments.gpu.machine import ROOT, environment, gpu_state, missing, without_paths
 from experiments.gpu.report import markdown
 from experiments.gpu.timing import limit_of_memory
@@ -44,14 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command += ["--budget", f"{args.budget:g}s", *(["--tiny"] if args.tiny else [])]
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     results["runs"].append({"date": date, "command": shlex.join(command), "environment": environment()})
-    unmet = {phase: missing(phase) for phase in args.phases}
+    jobs = jobs_of(args.phases, args.tiny)
+    unmet = {phase: missing(phase) for phase in {job.phase for job in jobs}}
     for module in dict.fromkeys(name for names in unmet.values() for name in names):
         phases = ", ".join(phase for phase in args.phases if module in unmet[phase])
         say(f"missing: {module}; without it there is no {phases}")
 
-    jobs = jobs_of(args.phases, args.tiny)
-    left = [job for job in jobs if args.again or results["jobs"].get(job.name, {}).get("status") != "done"]
-    while left:
+    left = [job for job in jobs if args.again or job.phase == PREPARE or not done(results, job)]
+    while any(job.phase != PREPARE for job in left):
         job = left.pop(0)
         seconds = limit_seconds(job, tuple(left), args.budget - (time.monotonic() - start))
         reason = why_not(job, unmet[job.phase], args.out / MACHINE, seconds)
@@ -60,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"{job.name}: {entry['status']}" + (f" ({entry['reason']})" if "reason" in entry else ""))
         write(args.out, results)
     write(args.out, results)
-    return 0 if all(results["jobs"].get(job.name, {}).get("status") == "done" for job in jobs) else 1
+    return 0 if all(done(results, job) for job in jobs) else 1
+
+
+def done(results: Results, job: Job) -> bool:
+    return bool(results["jobs"].get(job.name, {}).get("status") == "done")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

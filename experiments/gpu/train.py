@@ -16,6 +16,7 @@ from meshwright.execute.train import build
 from meshwright.models.zoo import get_model
 from meshwright.plan.planfile import Plan
 from meshwright.plan.predict import predict
+from meshwright.plan.search import Fix
 from meshwright.simulate.timeline import Timeline
 
 
@@ -27,7 +28,8 @@ def train(case: Case, machine: Path, until: float) -> dict[str, Any]:
     """
     began = time.monotonic()
     cluster, model, optimizer = one_device(machine), get_model(case.model), adamw()
-    plan = find_plan(model, cluster=cluster, optimizer=optimizer, batch_size=case.batch)
+    fix = Fix(schedule="1f1b")  # on one device all schedules are one
+    plan = find_plan(model, cluster=cluster, optimizer=optimizer, batch_size=case.batch, fix=fix)
     planned = time.monotonic()
     trainer = build(plan, model, optimizer)
     state = trainer.init(jax.random.key(0))

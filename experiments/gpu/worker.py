@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from experiments.gpu.cases import Case
+from experiments.gpu.cases import PHASES, PREPARE, TINY_PIPELINE_CASE, Case
 
 ENDING_SECONDS = 5.0  # of a job's limit, for writing results and leaving
 LEAST_CALIBRATE_SECONDS = 5.0
@@ -23,7 +23,7 @@ LEAST_CALIBRATE_SECONDS = 5.0
 def main(arguments: list[str]) -> int:
     """Do one job and write its result, whole or not at all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("phase", choices=("calibrate", "train", "mfu", "pipeline"))
+    parser.add_argument("phase", choices=(PREPARE, *PHASES))
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--limit", type=float, required=True, help="seconds")
     parser.add_argument("--machine", type=Path, required=True, help="written by calibrate, read by the others")
@@ -44,6 +44,8 @@ def main(arguments: list[str]) -> int:
 def do(args: argparse.Namespace, until: float) -> dict[str, Any]:
     """The job that the arguments name; imports come late, since each needs other packages."""
     case = Case(args.model, args.batch)
+    if args.phase == PREPARE:
+        return prepare()
     if args.phase == "calibrate":
         return calibrate(args.machine, until)
     if args.phase == "train":
@@ -59,6 +61,21 @@ def do(args: argparse.Namespace, until: float) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(prefix="meshwright-gpu-") as folder:
         return pipeline(case, args.machine, Path(folder), until)
+
+
+def prepare() -> dict[str, Any]:
+    """Plan a tiny pipeline on the CPU: what Numba compiles for it lies in its cache when other jobs plan."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from meshwright.api import find_plan
+    from meshwright.models.zoo import get_model
+    from meshwright.plan.search import Fix
+
+    began, case = time.monotonic(), TINY_PIPELINE_CASE
+    fix = Fix(pipeline=2, data=1, tensor=1, microbatches=2)
+    find_plan(get_model(case.model), cluster="cpu:2", batch_size=case.batch, fix=fix)
+    return {"seconds": time.monotonic() - began}
 
 
 def calibrate(machine: Path, until: float) -> dict[str, Any]:

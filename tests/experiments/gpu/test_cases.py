@@ -2,14 +2,18 @@
 
 import pytest
 
-from experiments.gpu.cases import PHASES, Case, Job, jobs_of, limit_seconds
+from experiments.gpu.cases import MOST_CALIBRATE_SECONDS, PHASES, PREPARE, Case, Job, jobs_of, limit_seconds
 from meshwright.models.zoo import get_model
 
 
 def test_the_machine_file_comes_before_what_reads_it() -> None:
     phases = [job.phase for job in jobs_of(PHASES, tiny=False)]
-    assert phases[0] == "calibrate"
-    assert set(phases) == set(PHASES)
+    assert phases[:2] == [PREPARE, "calibrate"]
+    assert set(phases) == {PREPARE, *PHASES}
+
+
+def test_what_plans_nothing_needs_no_preparation() -> None:
+    assert PREPARE not in {job.phase for job in jobs_of(("calibrate", "mfu"), tiny=False)}
 
 
 def test_every_model_is_in_the_zoo_and_its_plain_form_too() -> None:
@@ -35,6 +39,7 @@ def test_calibration_gets_its_fair_share_others_may_take_three_times_theirs() ->
     later = (job("mfu", 9),)
     assert limit_seconds(job("calibrate", 1), later, 100) == pytest.approx(10)
     assert limit_seconds(job("train", 1), later, 100) == pytest.approx(30)
+    assert limit_seconds(job("calibrate", 1), later, 1e6) == MOST_CALIBRATE_SECONDS
 
 
 def test_the_last_job_may_use_all_that_is_left() -> None:

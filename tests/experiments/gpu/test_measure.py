@@ -17,6 +17,7 @@ from experiments.gpu.timing import limit_of_memory, spread, timed_steps
 SPREAD = {"median_seconds": 0.01, "low_seconds": 0.009, "high_seconds": 0.012, "steps": 10}
 PEAK = {"mfu": 0.4, "mfu_peak": {"flops_per_second": 1e12, "source": "data sheet"}}
 RESULTS: dict[str, Any] = {
+    "prepare": {},
     "calibrate": {"device": "a GPU", "quantities": {"launch_seconds": {"value": 3e-6, "low": None, "high": None}}},
     "train": {
         "plan": {"batch": 4, "microbatches": 2, "remat": "none"},
@@ -60,7 +61,7 @@ def test_it_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (reason,) = [job["reason"] for job in lost.values() if job["status"] == "failed"]
     assert reason == "exit code 1: RESOURCE_EXHAUSTED: out of memory"
     assert run(monkeypatch, tmp_path, second) == 0
-    assert [asked.split()[0] for asked in second.asked] == ["train"]
+    assert [asked.split()[0] for asked in second.asked] == ["prepare", "train"]
     assert run(monkeypatch, tmp_path, third) == 0
     assert third.asked == []
     assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 3
@@ -94,7 +95,7 @@ def test_each_missing_package_is_said_once_and_its_phases_left_out(
     assert run(monkeypatch, tmp_path, worker) == 1
     err = capsys.readouterr().err
     assert err.count("missing: pulp; without it there is no train\n") == 1
-    assert {asked.split()[0] for asked in worker.asked} == {"calibrate", "mfu"}
+    assert {asked.split()[0] for asked in worker.asked} == {"calibrate", "mfu"}  # nor is anything prepared
 
 
 def test_no_mpiexec_no_pipeline() -> None:
