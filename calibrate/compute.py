@@ -104,6 +104,7 @@ class _Run:
         self.progress, self.keep = progress, keep
         self.timings: dict[Case, dict[int, Timing]] = {}
         self.skipped: dict[str, str] = {}
+        self.failed: set[Case] = set()
         self.programs: dict[Case, Program] = {}  # of small arrays, for the second round: compiling takes longest
         spent = 0.0
         for measured in known:
@@ -128,7 +129,8 @@ class _Run:
                 self._kernel(case, 0)
         pool = candidates(self.accelerator)
         while (left := self.left(FIRST_ROUND_SHARE)) > 0:
-            pool = tuple(case for case in pool if case not in self.timings and case.family not in self.skipped)
+            pool = tuple(case for case in pool if case not in self.timings and case not in self.failed)
+            pool = tuple(case for case in pool if case.family not in self.skipped)
             seen = {case: rounds[0] for case, rounds in self.timings.items() if 0 in rounds}
             chosen = next_case(pool, seen, LONGEST_CALL_SHARE * left / CALLS, self.most_bytes)
             if chosen is None:
@@ -148,11 +150,16 @@ class _Run:
             self._measure(Case(family, ()), index, measure)
 
     def _kernel(self, case: Case, index: int) -> None:
-        if case.family in self.skipped or input_bytes(case) > self.most_bytes:
+        if case in self.failed or case.family in self.skipped or input_bytes(case) > self.most_bytes:
             return
         try:
             self._measure(case, index, lambda seconds: self._time_kernel(case, seconds))
         except Exception as error:  # what this device or its libraries do not run is left out, and said
+            self.failed.add(case)
+            if any(known.family == case.family for known in self.timings):
+                return  # the family runs; this shape has not enough memory
+            if case.family in NEEDED:
+                raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
             self.skipped[case.family] = f"{case} was not run: {lines[0][:160]}"
 
