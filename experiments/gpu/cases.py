@@ -9,8 +9,8 @@ PHASES = ("calibrate", "train", "mfu", "pipeline")
 PREPARE = "prepare"  # a job, no phase: Numba compiles the planner and the simulator, once for all that plan
 
 # Import names of what a phase needs beyond Python, and what pip calls it where that differs.
-_ALWAYS = ("jax", "numpy", "scipy", "msgspec")
-_PLANNING = ("numba", "pulp", "highspy", "optax")
+_ALWAYS = ("jax", "numpy", "scipy", "numba", "msgspec")
+_PLANNING = ("pulp", "highspy", "optax")
 NEEDS: dict[str, tuple[str, ...]] = {
     PREPARE: (*_ALWAYS, *_PLANNING),
     "calibrate": _ALWAYS,
