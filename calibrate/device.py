@@ -8,6 +8,7 @@ from meshwright.calibrate.quantity import Quantity, Record, need_not_negative, n
 from meshwright.errors import ClusterError
 
 FALLBACK_DTYPE = "f32"
+PHASES = ("forward", "backward", "once")  # of a micro-batch, of a micro-batch, and what ends the iteration
 ACTIVITIES = ("compute", "collective", "to_host", "from_host")
 
 
@@ -90,6 +91,22 @@ class Interference(Record, frozen=True, kw_only=True):
             raise ClusterError("interference.rates holds a number that is not above 0 and at most 1")
 
 
+class ProgramFit(Record, frozen=True, kw_only=True):
+    """What compiled programs of a stage take, beside the sum of their kernels as priced one by one.
+
+    ``seconds = dispatch_seconds + fixed_seconds + slowdown * priced``: the executor's work for one instruction, and
+    what kernels lose in a program (inputs that the last kernel left elsewhere in memory, layouts that the compiler
+    changes between them).
+    """
+
+    fixed_seconds: Quantity
+    slowdown: Quantity
+
+    def __post_init__(self) -> None:
+        need_not_negative("programs.fixed_seconds", self.fixed_seconds)
+        need_positive("programs.slowdown", self.slowdown)
+
+
 def need_finite(name: str, number: float, least: float, most: float = float("inf")) -> None:
     """Raise ``ClusterError`` unless the number is finite and in range."""
     if not (isfinite(number) and least <= number <= most):
@@ -102,6 +119,7 @@ class Device(Record, frozen=True, kw_only=True):
     ``flops_per_second`` holds the peak for each dtype (``bf16``, ``f16``, ``f32``, ...); ``matmul_efficiency`` is what
     large matmuls achieve of it. ``memory_bytes_per_second`` is what memory-bound kernels achieve, reads and writes
     together. ``launch_seconds`` is paid by each kernel, ``dispatch_seconds`` by each call of a compiled program.
+    ``programs`` says by phase of a step (``PHASES``) what whole programs take beside their kernels.
     """
 
     name: str
@@ -114,8 +132,12 @@ class Device(Record, frozen=True, kw_only=True):
     matmul: dict[str, MatmulFit] = msgspec.field(default_factory=dict)
     attention: AttentionFit | None = None
     interference: Interference | None = None
+    programs: dict[str, ProgramFit] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for phase in self.programs:
+            if phase not in PHASES:
+                raise ClusterError(f"programs.{phase} is no phase of a step; known are {', '.join(PHASES)}")
         need_positive("memory_bytes", self.memory_bytes)
         if FALLBACK_DTYPE not in self.flops_per_second:
             raise ClusterError(
@@ -140,6 +162,14 @@ class Device(Record, frozen=True, kw_only=True):
         """The fit of matmuls in a dtype; the two of 16 bits stand in for each other."""
         key = short_dtype(dtype)
         return self.matmul.get(key) or self.matmul.get({"f16": "bf16", "bf16": "f16"}.get(key, key))
+
+    def program_slowdown(self, phase: str) -> float:
+        """How many times as long as its kernels alone a program of this phase takes; 1 where it was not measured."""
+        return self.programs[phase].slowdown.value if phase in self.programs else 1.0
+
+    def program_seconds(self, phase: str) -> float:
+        """What an instruction of this phase costs beside its kernels and its dispatch; 0 where it was not measured."""
+        return self.programs[phase].fixed_seconds.value if phase in self.programs else 0.0
 
     def peak_flops(self, dtype: str) -> float:
         """Peak FLOP/s for a dtype, ``bf16`` or NumPy's ``bfloat16`` alike; an unlisted dtype runs at the f32 rate."""

@@ -8,13 +8,16 @@ import difflib
 import json
 import os
 import tempfile
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from meshwright.calibrate.device import AttentionFit, Device, Interference, MatmulFit
+from meshwright.calibrate.device import AttentionFit, Device, Interference, MatmulFit, ProgramFit
 from meshwright.calibrate.link import COLLECTIVE_KINDS, CollectiveFit, Link, Piece
 from meshwright.calibrate.quantity import Quantity, Record, short_dtype
 from meshwright.calibrate.schema import convert, read_json
@@ -22,6 +25,7 @@ from meshwright.errors import ClusterError
 
 FORMAT = "meshwright-cluster"
 VERSION = 1
+MOST_DEVICES = 2**18  # each has its links in the simulator; the largest training runs have had a tenth of that
 MACHINES = Path(__file__).parent / "machines"
 
 __all__ = [
@@ -35,6 +39,7 @@ __all__ = [
     "Link",
     "MatmulFit",
     "Piece",
+    "ProgramFit",
     "Quantity",
     "cluster_from_data",
     "cluster_to_data",
@@ -132,7 +137,7 @@ class Host(Record, frozen=True, kw_only=True):
         return Quantity(scaled.value, source, scaled.low, scaled.high)
 
 
-class Cluster(Record, frozen=True, kw_only=True):
+class Cluster(Record, frozen=True, kw_only=True, dict=True):
     """Hosts and the network between them. Devices are numbered host by host, in order.
 
     Every ``hosts_per_leaf`` hosts share a leaf switch (without it, all hosts one), whose way to other leaves has
@@ -166,6 +171,10 @@ class Cluster(Record, frozen=True, kw_only=True):
         """Number of devices of all hosts together."""
         return sum(host.devices for host in self.hosts)
 
+    def peak_flops(self, dtype: str) -> float:
+        """FLOP/s of all devices together at their peaks for a dtype."""
+        return sum(host.devices * host.device.peak_flops(dtype) for host in self.hosts)
+
     @property
     def devices_per_host(self) -> int:
         """Devices on every host; where hosts differ, the smallest number, which a box of devices finds everywhere."""
@@ -178,12 +187,14 @@ class Cluster(Record, frozen=True, kw_only=True):
 
     def host_of(self, device_index: int) -> int:
         """Index of the host that holds a device."""
-        first = 0
-        for index, host in enumerate(self.hosts):
-            if first <= device_index < first + host.devices:
-                return index
-            first += host.devices
+        if 0 <= device_index < self._ends[-1]:
+            return bisect_right(self._ends, device_index)
         raise ClusterError(f"device {device_index} is not in cluster {self.name!r}, which has 0..{self.devices - 1}")
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        """The device after the last one of each host."""
+        return tuple(accumulate(host.devices for host in self.hosts))
 
     def device(self, device_index: int) -> Device:
         """The device with this index."""
@@ -332,6 +343,8 @@ def _with_count(cluster: Cluster, count: int, name: str) -> Cluster:
     host = cluster.hosts[0]
     if not cluster.homogeneous:
         raise ClusterError(f"cluster {name!r} has unequal hosts, which cannot be counted; leave out ':{count}'")
+    if count * (1 if host.share_cores else host.devices) > MOST_DEVICES:
+        raise ClusterError(f"cluster {name!r} has more than {MOST_DEVICES:,} devices; no plan is made for so many")
     hosts = (host.resized(count),) if host.share_cores else (host,) * count
     return msgspec.structs.replace(cluster, name=name, hosts=hosts)
 

@@ -37,6 +37,9 @@ class StagePrograms:
     zeros: Any
     reduce: Any
     outputs: tuple[int, ...]  # model-wide values that forward gives last: loss and aux made here
+    forward_temp_bytes: float  # what XLA says a program needs on a device while it runs
+    backward_temp_bytes: float
+    reduce_temp_bytes: float
 
 
 def sharding(mesh: Mesh, spec: NamedSpec, leading: tuple[str, ...] = ()) -> NamedSharding:
@@ -293,7 +296,17 @@ class _StageBuilder:
             if not key.partial and split.gradient_specs[key] == split.parameter_specs[key.leaf]
         )
         reduce = jax.jit(self.reduce, out_shardings=gradients, donate_argnums=whole).lower(*sums)
-        return StagePrograms(forward.compile(), backward.compile(), zeros.compile(), reduce.compile(), self.outputs)
+        compiled = [lowered.compile() for lowered in (forward, backward, reduce)]
+        return StagePrograms(
+            forward=compiled[0],
+            backward=compiled[1],
+            zeros=zeros.compile(),
+            reduce=compiled[2],
+            outputs=self.outputs,
+            forward_temp_bytes=_temp_bytes(compiled[0]),
+            backward_temp_bytes=_temp_bytes(compiled[1]),
+            reduce_temp_bytes=_temp_bytes(compiled[2]),
+        )
 
     def _kept_shape(self, key: KeptKey) -> jax.ShapeDtypeStruct:
         layer, value = key
@@ -304,6 +317,11 @@ class _StageBuilder:
             tensor = self.graph.classes[use.layer_class].tensors[value]
             spec = self.split.layouts[layer - self.split.layers.start].values.get(value, ((),) * len(tensor.shape))
         return jax.ShapeDtypeStruct(tensor.shape, tensor.dtype, sharding=sharding(self.mesh, spec))
+
+
+def _temp_bytes(program: Any) -> float:
+    stats = program.memory_analysis()
+    return float(stats.temp_size_in_bytes) if stats is not None else 0.0
 
 
 def _apply_flat(eqn: Equation, *arguments: Array) -> list[Array]:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +105,7 @@ class Runtime:
     transport: Transport
     tags: TagSpace
     devices: Mapping[int, jax.Device]
+    clock: Callable[[], float] = time.perf_counter  # of the events
     events: list[Event] = field(default_factory=list)
     peak_bytes: dict[int, float] = field(default_factory=dict)  # of the last measured step: stage -> bytes a device
 
@@ -155,7 +156,7 @@ class _Step:
         self.incoming: dict[Receive, list[tuple[Route, Incoming]]] = {}
         self.sent: set[tuple[int, int, str, int]] = set()
         self.unsent: dict[tuple[int, Payload, int], set[int]] = {}
-        self.begun = time.perf_counter()
+        self.begun = runtime.clock()
 
     # -- order ------------------------------------------------------------------------------------------------------
 
@@ -187,7 +188,7 @@ class _Step:
     # -- instructions -----------------------------------------------------------------------------------------------
 
     def execute(self, mesh: int, step: Instruction, rest: deque[Instruction]) -> None:
-        start = time.perf_counter()
+        start = self.r.clock()
         match step:
             case Forward(stage, m):
                 made = self._forward(stage, m)
@@ -208,7 +209,7 @@ class _Step:
         self.r.transport.poll()
         if self.measure:
             jax.block_until_ready(made)
-            self.r.events.append(Event(mesh, step, start - self.begun, time.perf_counter() - self.begun))
+            self.r.events.append(Event(mesh, step, start - self.begun, self.r.clock() - self.begun))
             held = self._bytes_held(step.stage) + self._working_bytes(step)
             self.r.peak_bytes[step.stage] = max(held, self.r.peak_bytes.get(step.stage, 0.0))
 
@@ -228,9 +229,11 @@ class _Step:
 
     def _working_bytes(self, step: Instruction) -> float:
         programs = self.r.programs[step.stage]
-        running = {Forward: programs.forward, Backward: programs.backward, Reduce: programs.reduce}.get(type(step))
-        stats = None if running is None else running.memory_analysis()
-        return float(stats.temp_size_in_bytes) if stats is not None else 0.0
+        return {
+            Forward: programs.forward_temp_bytes,
+            Backward: programs.backward_temp_bytes,
+            Reduce: programs.reduce_temp_bytes,
+        }.get(type(step), 0.0)
 
     def _samples(self, stage: int, m: int) -> list[Array]:
         if (stage, m) not in self.samples:

@@ -45,11 +45,13 @@ _LINEAR_VIEWS = frozenset({"transpose", "reshape", "convert_element_type", "copy
 class Memory:
     """What training keeps per parameter element besides the parameter itself.
 
-    The optimizer update reads and writes ``update_bytes`` per element.
+    Once per iteration, sums of gradients are zeroed, read, scaled and written (``reduce_bytes`` per element), and the
+    optimizer's update reads and writes ``update_bytes``.
     """
 
     optimizer_bytes: float = 8.0  # Adam: two moments of four bytes
     update_bytes: float = 28.0  # Adam in f32: read parameter, gradient, two moments; write all but the gradient
+    reduce_bytes: float = 12.0  # in f32
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,7 +371,8 @@ class _Builder:
                         for v, spec in zip(op.outputs, split.results, strict=True)
                         for collective in all_reduce(graph.tensors[v], spec, split.contracted, mesh)
                     )
-                    priced[split] = (self._compute_seconds(op, moved[index], split), sums)
+                    slowdown = mesh.device.program_slowdown(op.phase)
+                    priced[split] = (slowdown * self._compute_seconds(op, moved[index], split), sums)
                 seconds, sums = priced[split]
                 space.node_costs[node][compute, strategy] += seconds
                 space.node_costs[node][OM if index in waiting else communicate, strategy] += sums
@@ -406,5 +409,6 @@ class _Builder:
                 continue
             charge(STATIC, parameter, 1.0 + self.memory.optimizer_bytes / item)
             charge(STATIC, gradient, 1.0)
-            seconds_per_byte = 1.0 / mesh.device.memory_bytes_per_second.value
-            charge(OC, parameter, self.memory.update_bytes / item * seconds_per_byte)
+            moved = (self.memory.reduce_bytes + self.memory.update_bytes) / item
+            slowdown = mesh.device.program_slowdown("once")
+            charge(OC, parameter, slowdown * moved / mesh.device.memory_bytes_per_second.value)

@@ -158,7 +158,10 @@ class StagePricer:
         slow = self.setting.compute_slowdown
         forward = slow * costs[FC] + costs[FM]
         backward = slow * costs[BC] + costs[BM] + (forward if self.setting.remat else 0.0)
-        return forward + backward + 2 * mesh.device.dispatch_seconds.value, slow * costs[OC] + costs[OM]
+        device = mesh.device
+        calls = 2 * device.dispatch_seconds.value + slow * sum(map(device.program_seconds, ("forward", "backward")))
+        once = slow * (costs[OC] + device.program_seconds("once")) + costs[OM]
+        return forward + backward + calls, once
 
     def cost(self, first: int, last: int, kind: int, entry: int, leave: int) -> StageCost:
         """One stage in full, with the layouts inside it and the strategies of its layers."""
@@ -167,12 +170,13 @@ class StagePricer:
         tables = tuple(self.layer_table(self.setting.graph.layers[x].layer_class, kind) for x in range(first, last))
         costs = chain.costs[:, entry, leave]
         again = (costs[FC], costs[FM]) if self.setting.remat else (0.0, 0.0)
+        device = self.kinds[kind].mesh.device
         return StageCost(
-            forward_compute_seconds=float(costs[FC]),
+            forward_compute_seconds=float(costs[FC]) + device.program_seconds("forward"),
             forward_communication_seconds=float(costs[FM]),
-            backward_compute_seconds=float(costs[BC] + again[0]),
+            backward_compute_seconds=float(costs[BC] + again[0]) + device.program_seconds("backward"),
             backward_communication_seconds=float(costs[BM] + again[1]),
-            once_compute_seconds=float(costs[OC]),
+            once_compute_seconds=float(costs[OC]) + device.program_seconds("once"),
             once_communication_seconds=float(costs[OM]),
             static_bytes=float(costs[STATIC]),
             saved_bytes=float(chain.saved[entry, leave]),
