@@ -22,11 +22,10 @@ from typing import Any
 from experiments.gpu.cases import NEED_MACHINE, PHASES, PREPARE, Job, jobs_of, limit_seconds
 from experiments.gpu.machine import ROOT, environment, gpu_state, missing, without_paths
 from experiments.gpu.report import markdown
-from experiments.gpu.timing import limit_of_memory
+from experiments.gpu.timing import MEMORY_FRACTION, limit_of_memory
 
 FORMAT, VERSION = "meshwright-gpu-results", 1
 RESULTS, MACHINE, TABLES, LOG = "results.json", "machine.json", "tables.md", "log.txt"
-MEMORY_FRACTION = 0.92  # of the device, for a job that has it to itself; JAX's own default is 0.75
 LEAST_SECONDS = 10.0  # a job that has less is not started
 GRACE_SECONDS = 10.0
 LOG_LINES = 40  # of a job that failed

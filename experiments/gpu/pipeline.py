@@ -19,13 +19,13 @@ import msgspec
 import numpy as np
 
 from experiments.gpu.cases import Case
-from experiments.gpu.timing import limit_of_memory, spread
+from experiments.gpu.timing import MEMORY_FRACTION, limit_of_memory, spread
 from meshwright.calibrate.hardware import Cluster, Link, Quantity, load_cluster, save_cluster
 from meshwright.errors import ExecutionError
 from meshwright.execute.launch import launch
 
 RANKS = 2
-MEMORY_EACH = 0.4  # of the device's memory; what is left is for the CUDA contexts
+MEMORY_EACH = 0.45  # of the device's memory; what is left is for the CUDA contexts
 STEPS = 12
 WARM_UP_STEPS = 2
 ENDING_SECONDS = 8.0  # for ranks to end
@@ -47,7 +47,7 @@ def shared_device(cluster: Cluster, probe: Probe, measured: str) -> Cluster:
     if host.share_cores:
         device, cores = host.resized(RANKS).device, host.cores
     else:
-        memory = host.device.memory_bytes.scaled(1 / RANKS)
+        memory = host.device.memory_bytes.scaled(MEMORY_EACH / MEMORY_FRACTION)  # it was calibrated with the latter
         device, cores = msgspec.structs.replace(host.device, memory_bytes=memory), 1
     # Means: a rank that waits for its turn waits in a few long calls, which a median does not see.
     ratio = max(1.0, float(np.mean(probe.together_seconds)) / float(np.mean(probe.alone_seconds)))

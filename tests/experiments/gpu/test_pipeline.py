@@ -25,11 +25,11 @@ def test_times_that_shrink_with_size_still_make_a_link() -> None:
     assert host_staged_link(noise, "measured").bytes_per_second.value > 0
 
 
-def test_ranks_that_share_a_gpu_halve_its_memory_and_slow_each_other() -> None:
+def test_ranks_that_share_a_gpu_share_its_memory_and_slow_each_other() -> None:
     gpu = parse_cluster("h100:1")
     host = shared_device(gpu, probe(50e-6, 8e9), "measured").hosts[0]
     assert (host.devices, host.cores, host.share_cores) == (2, 1, True)
-    assert host.device.memory_bytes.value == gpu.hosts[0].device.memory_bytes.value / 2
+    assert 0.4 < host.device.memory_bytes.value / gpu.hosts[0].device.memory_bytes.value < 0.5
     assert host.slowdown(1) == 1
     assert host.slowdown(2) == pytest.approx(3)  # the mean, not the median, of 2, 3 and 4 over 1
 
