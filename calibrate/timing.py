@@ -134,7 +134,9 @@ def merged(timings: Sequence[Timing]) -> Timing:
 
 
 def widened(timings: Sequence[Timing]) -> tuple[Timing, ...]:
-    """The same, those seen in one round with a spread that also has what rounds typically differ by.
+    """The same, with a spread that also has what rounds typically differ by.
+
+    Kernels that were seen in two rounds have it; a host's dispatch stands alone, with no fit over many to even it out.
 
     That is the 90 % quantile of |log(a later round / the first)| over whatever was measured in more than one.
     """
@@ -147,7 +149,7 @@ def widened(timings: Sequence[Timing]) -> tuple[Timing, ...]:
     factor = float(np.exp(np.quantile(apart, 0.9))) if apart else 1.0
     return tuple(
         timing
-        if len(timing.rounds) > 1
+        if len(timing.rounds) > 1 and timing.shape
         else msgspec.structs.replace(
             timing,
             low_seconds=min(timing.low_seconds, timing.seconds / factor),

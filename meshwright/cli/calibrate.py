@@ -16,7 +16,7 @@ from meshwright.errors import ClusterError
 DEFAULT_OUT = "machine.json"
 DEFAULT_BUDGET_SECONDS = 120.0
 SMALLEST_BUDGET_SECONDS = 5.0
-REPORT_SHARE = 0.08  # of the budget, kept for drawing
+REPORT_SHARE = 0.15  # of the budget, kept for drawing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
