@@ -108,6 +108,12 @@ class Runtime:
     clock: Callable[[], float] = time.perf_counter  # of the events
     events: list[Event] = field(default_factory=list)
     peak_bytes: dict[int, float] = field(default_factory=dict)  # of the last measured step: stage -> bytes a device
+    readers: dict[tuple[int, Payload], tuple[int, ...]] = field(init=False)  # (source, payload) -> target stages
+
+    def __post_init__(self) -> None:
+        self.readers = {}
+        for source, target, payload in self.routes:
+            self.readers[source, payload] = (*self.readers.get((source, payload), ()), target)
 
     def run_step(
         self, states: Mapping[int, StageState], batch: Sequence[np.ndarray[Any, Any]], measure: bool = False
@@ -147,7 +153,9 @@ class _Step:
         self.r, self.before, self.batch, self.measure = runtime, states, batch, measure
         self.states = {s: StageState(dict(state.parameters), list(state.optimizer)) for s, state in states.items()}
         self.samples: dict[tuple[int, int], list[Array]] = {}
-        self.arrived: dict[tuple[int, int, str, int], dict[int, Array]] = {}
+        # (stage, micro-batch) -> value, and for cotangents also the stage it came from -> array
+        self.activations: dict[tuple[int, int], dict[int, Array]] = {}
+        self.cotangents: dict[tuple[int, int], dict[tuple[int, int], Array]] = {}
         self.kept: dict[tuple[int, int], list[Array]] = {}
         self.produced: dict[tuple[int, Payload, int], dict[int, Array]] = {}
         self.accumulators = {s: list(programs.zeros()) for s, programs in runtime.programs.items()}
@@ -188,6 +196,7 @@ class _Step:
     # -- instructions -----------------------------------------------------------------------------------------------
 
     def execute(self, mesh: int, step: Instruction, rest: deque[Instruction]) -> None:
+        before = self._bytes_held(step.stage) if self.measure else 0.0
         start = self.r.clock()
         match step:
             case Forward(stage, m):
@@ -210,7 +219,8 @@ class _Step:
         if self.measure:
             jax.block_until_ready(made)
             self.r.events.append(Event(mesh, step, start - self.begun, self.r.clock() - self.begun))
-            held = self._bytes_held(step.stage) + self._working_bytes(step)
+            # While it runs, a program's operands are held as well as its results; many results take an operand's place.
+            held = max(before, self._bytes_held(step.stage)) + self._working_bytes(step)
             self.r.peak_bytes[step.stage] = max(held, self.r.peak_bytes.get(step.stage, 0.0))
 
     def _bytes_held(self, stage: int) -> float:
@@ -220,7 +230,8 @@ class _Step:
         # Old weights are not donated to the update, so they live on beside the new ones until the step returns.
         groups += [self.before[stage].parameters.values(), self.gradients.get(stage, {}).values()]
         groups += [arrays for (s, _), arrays in (*self.kept.items(), *self.samples.items()) if s == stage]
-        groups += [arrays.values() for key, arrays in self.arrived.items() if key[1] == stage]
+        groups += [arrays.values() for (s, _), arrays in self.activations.items() if s == stage]
+        groups += [arrays.values() for (s, _), arrays in self.cotangents.items() if s == stage]
         groups += [arrays.values() for key, arrays in self.produced.items() if key[0] == stage]
         alive = {id(array): array for group in groups for array in group}
         shards = [shard.data.nbytes for array in alive.values() for shard in array.addressable_shards]
@@ -251,12 +262,8 @@ class _Step:
         return [self.states[stage].parameters[leaf] for leaf in self.r.splits[stage].parameters]
 
     def _received(self, stage: int, m: int) -> list[Array]:
-        split = self.r.splits[stage]
-        found: dict[int, Array] = {}
-        for (_, target, what, microbatch), arrays in self.arrived.items():
-            if (target, what, microbatch) == (stage, "activation", m):
-                found.update(arrays)
-        return [found[v] for v in split.received]
+        arrays = self.activations.get((stage, m), {})
+        return [arrays[value] for value in self.r.splits[stage].received]
 
     def _forward(self, stage: int, m: int) -> Any:
         split, programs = self.r.splits[stage], self.r.programs[stage]
@@ -269,7 +276,8 @@ class _Step:
 
     def _backward(self, stage: int, m: int) -> Any:
         split, programs = self.r.splits[stage], self.r.programs[stage]
-        cotangents = [self.arrived[s, stage, "cotangent", m][value] for value, s in split.cotangents_in]
+        arrived = self.cotangents.pop((stage, m), {})
+        cotangents = [arrived[key] for key in split.cotangents_in]
         totals, returned = programs.backward(
             self._weights(stage),
             self._samples(stage, m),
@@ -281,16 +289,15 @@ class _Step:
         self.accumulators[stage] = totals
         self._hand_out(stage, "cotangent", m, dict(zip(split.cotangents_out, returned, strict=True)))
         self.samples.pop((stage, m), None)
-        for key in [k for k in self.arrived if k[1] == stage and k[3] == m]:
-            del self.arrived[key]
+        self.activations.pop((stage, m), None)
         return totals, returned
 
     def _hand_out(self, stage: int, what: Payload, m: int, arrays: dict[int, Array]) -> None:
         """Keep what was made until it has been sent to every stage that reads it."""
-        targets = {target for source, target, payload in self.r.routes if (source, payload) == (stage, what)}
+        targets = self.r.readers.get((stage, what))
         if targets:
             self.produced[stage, what, m] = arrays
-            self.unsent[stage, what, m] = targets
+            self.unsent[stage, what, m] = set(targets)
 
     def _send(self, step: Send) -> None:
         for route in self.r.routes[step.stage, step.target, step.what]:
@@ -321,8 +328,11 @@ class _Step:
             mine = self.gradients[step.stage]
             for leaf, array in arrays.items():
                 mine[leaf] = mine[leaf] + array
+        elif step.what == "activation":
+            self.activations.setdefault((step.stage, step.microbatch), {}).update(arrays)
         else:
-            self.arrived[step.source, step.stage, step.what, step.microbatch] = arrays
+            from_there = self.cotangents.setdefault((step.stage, step.microbatch), {})
+            from_there.update({(value, step.source): array for value, array in arrays.items()})
         return arrays
 
     def _reduce(self, stage: int) -> Any:

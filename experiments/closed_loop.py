@@ -12,12 +12,13 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from meshwright.calibrate.hardware import Cluster, load_cluster, parse_cluster, save_cluster
+from meshwright.calibrate.hardware import Cluster, parse_cluster, save_cluster
 from meshwright.execute.launch import launch
 from meshwright.plan.planfile import Plan, load_plan, save_plan
 from meshwright.plan.predict import predict
@@ -28,7 +29,7 @@ MODEL = "gpt:layers=4,hidden=256,heads=4,seq=128,vocab=512"
 BATCH = 16
 CALIBRATION_SECONDS = 90.0
 WARM_STEPS = 3
-NAMED_STEPS = 7  # in which each instruction is waited for, after those that are timed
+NAMED_STEPS = 7  # in which each instruction is waited for, by the wall's clock and then by the CPU's
 PLANS: dict[int, dict[str, Fix]] = {
     2: {
         "data 2": Fix(data=2, tensor=1, pipeline=1, microbatches=2, remat="none"),
@@ -48,12 +49,16 @@ MEMORY_LIMIT = 0.10
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """Seconds of one kind of instruction: the mean over all of that kind on all meshes."""
+    """Seconds of one kind of instruction: the mean over all of that kind on all meshes.
+
+    Where the CPU's are fewer than measured, the rank waited: for another, or for a core that other work had.
+    """
 
     kind: str
     count: int
     predicted_seconds: float
     measured_seconds: float
+    cpu_seconds: float  # of one rank, all threads together
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -93,6 +98,7 @@ class Measured(msgspec.Struct, frozen=True):
     step_seconds: tuple[float, ...]
     peak_bytes: float
     kind_seconds: dict[str, float]
+    kind_cpu_seconds: dict[str, float]
 
 
 def make_plan(cluster: Cluster, fix: Fix) -> Plan:
@@ -142,21 +148,25 @@ def rank_main(plan: Plan, steps: int, out: Path) -> None:
             comm.Barrier()
             state, metrics = trainer.step(state, batch)
             seconds.append(metrics.step_seconds)
-        named: list[dict[str, float]] = []
+        kinds: list[dict[str, float]] = []
         peak = 0.0
-        for _ in range(NAMED_STEPS):
-            batch = next(batches)
-            comm.Barrier()
-            state, _ = trainer.step(state, batch, measure=True)
-            named.append(seconds_by_kind(trainer.timeline))
-            peak = max(peak, *trainer.runtime.peak_bytes.values())
-        mine = {kind: statistics.median(row[kind] for row in named) for kind in named[0]}
-        everyone = comm.gather((seconds, peak, mine))
+        for clock in (time.perf_counter, time.process_time):
+            trainer.runtime.clock = clock
+            named = []
+            for _ in range(NAMED_STEPS):
+                batch = next(batches)
+                comm.Barrier()
+                state, _ = trainer.step(state, batch, measure=True)
+                named.append(seconds_by_kind(trainer.timeline))
+                peak = max(peak, *trainer.runtime.peak_bytes.values())
+            kinds.append({kind: statistics.median(row[kind] for row in named) for kind in named[0]})
+        everyone = comm.gather((seconds, peak, kinds))
         if everyone is not None:
             measured = Measured(
                 tuple(max(each) for each in zip(*(times for times, _, _ in everyone), strict=True)),
                 max(held for _, held, _ in everyone),
-                mean_by_kind([kinds for _, _, kinds in everyone]),
+                mean_by_kind([wall for _, _, (wall, _) in everyone]),
+                mean_by_kind([cpu for _, _, (_, cpu) in everyone]),
             )
             out.write_bytes(msgspec.json.encode(measured))
 
@@ -193,7 +203,12 @@ def compare(name: str, plan: Plan, measured: Measured) -> Row:
         measured_high_seconds=high,
         predicted_bytes=prediction.predicted.peak_memory_bytes,
         measured_bytes=measured.peak_bytes,
-        kinds=tuple(Kind(k, n, expected[k], measured.kind_seconds.get(k, 0.0)) for k, n in counts.items()),
+        kinds=tuple(
+            Kind(
+                kind, n, expected[kind], measured.kind_seconds.get(kind, 0.0), measured.kind_cpu_seconds.get(kind, 0.0)
+            )
+            for kind, n in counts.items()
+        ),
     )
 
 
@@ -216,39 +231,32 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def kinds_table(rows: Sequence[Row]) -> str:
-    """Milliseconds an instruction by kind, predicted then measured, in Markdown."""
+    """Milliseconds an instruction by kind: predicted, measured, and of the CPU in it; in Markdown."""
     kinds = dict.fromkeys(kind.kind for row in rows for kind in row.kinds)
     lines = ["| ranks | plan | " + " | ".join(kinds) + " |", "|---|---|" + "---|" * len(kinds)]
     for row in rows:
-        own = {kind.kind: kind for kind in row.kinds}
-        cells = [
-            f"{own[k].count} x {1e3 * own[k].predicted_seconds:.2f} / {1e3 * own[k].measured_seconds:.2f}"
-            if k in own
-            else ""
-            for k in kinds
-        ]
-        lines.append(f"| {row.ranks} | {row.name} | " + " | ".join(cells) + " |")
+        cells = dict.fromkeys(kinds, "")
+        for kind in row.kinds:
+            milliseconds = (kind.predicted_seconds, kind.measured_seconds, kind.cpu_seconds)
+            cells[kind.kind] = f"{kind.count} x " + " / ".join(f"{1e3 * seconds:.2f}" for seconds in milliseconds)
+        lines.append(f"| {row.ranks} | {row.name} | " + " | ".join(cells.values()) + " |")
     return "\n".join(lines)
 
 
-def calibrated(machine: str | None, ranks: int) -> str:
-    """The path of a machine file: the one given, or one measured now."""
-    if machine is not None:
-        load_cluster(machine)
-        return machine
+def calibrate(path: Path, ranks: int) -> None:
+    """Measure this machine, its links among so many ranks and whole programs, and write the machine file."""
+    from meshwright.calibrate.programs import with_programs
     from meshwright.calibrate.session import calibrate_machine
 
-    print(f"calibrating for {CALIBRATION_SECONDS:.0f} s", file=sys.stderr)
+    print(f"calibrating for {CALIBRATION_SECONDS:.0f} s, then whole programs", file=sys.stderr)
     cluster = calibrate_machine(CALIBRATION_SECONDS, ranks, lambda done, text: None).cluster
-    path = Path(tempfile.mkdtemp(prefix="closed-loop-")) / "machine.json"
-    save_cluster(cluster, path)
-    return str(path)
+    save_cluster(with_programs(cluster), path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Calibrate, plan, run, compare; 1 if a plan misses its limits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--machine", metavar="FILE", help="a machine file, instead of calibrating first")
+    parser.add_argument("--machine", metavar="FILE", help="used if it exists, else calibrated and kept there")
     parser.add_argument("--ranks", type=int, nargs="+", choices=sorted(PLANS), default=sorted(PLANS))
     parser.add_argument("--steps", type=int, default=30, metavar="K", help="timed steps of each plan (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
@@ -261,19 +269,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    machine = calibrated(args.machine, max(args.ranks))
     rows: list[Row] = []
-    for ranks in args.ranks:
-        cluster = parse_cluster(f"{machine}:{ranks}")
-        for name, fix in PLANS[ranks].items():
-            print(f"{ranks} ranks, {name}", file=sys.stderr)
-            plan = make_plan(cluster, fix)
-            rows.append(compare(name, plan, run_plan(plan, args.steps)))
+    with tempfile.TemporaryDirectory(prefix="closed-loop-") as folder:
+        machine = Path(args.machine) if args.machine else Path(folder) / "machine.json"
+        if not machine.exists():
+            calibrate(machine, max(args.ranks))
+        for ranks in args.ranks:
+            cluster = parse_cluster(f"{machine}:{ranks}")
+            for name, fix in PLANS[ranks].items():
+                print(f"{ranks} ranks, {name}", file=sys.stderr)
+                plan = make_plan(cluster, fix)
+                rows.append(compare(name, plan, run_plan(plan, args.steps)))
     if args.json:
         print(json.dumps({"model": MODEL, "batch": BATCH, "rows": msgspec.to_builtins(rows)}))
     else:
-        print(f"{MODEL}, batch {BATCH}\n\n{table(rows)}\n\nMilliseconds of each instruction, predicted / measured:\n")
-        print(kinds_table(rows))
+        print(f"{MODEL}, batch {BATCH}\n\n{table(rows)}\n")
+        print(f"Milliseconds of each instruction, predicted / measured / of the CPU:\n\n{kinds_table(rows)}")
     return 0 if all(row.good for row in rows) else 1
 
 
