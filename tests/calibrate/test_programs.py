@@ -1,0 +1,96 @@
+"""Whole programs beside their kernels: the fit, what a machine file keeps of it, and what the planner makes of it."""
+
+import time
+
+import msgspec
+import pytest
+
+from meshwright.calibrate.device import PHASES
+from meshwright.calibrate.hardware import (
+    Cluster,
+    Device,
+    ProgramFit,
+    Quantity,
+    load_cluster,
+    parse_cluster,
+    save_cluster,
+)
+from meshwright.calibrate.programs import Step, cpu_seconds, fit_phases, matmul_price
+from meshwright.errors import ClusterError
+from meshwright.models.zoo import get_model
+from meshwright.plan.planfile import Plan
+from meshwright.plan.search import Fix, Request, search
+from meshwright.plan.trace.model import trace
+
+DISPATCH_SECONDS = 1e-5
+
+
+def fit(fixed_seconds: float, slowdown: float) -> ProgramFit:
+    return ProgramFit(fixed_seconds=Quantity(fixed_seconds, "test"), slowdown=Quantity(slowdown, "test"))
+
+
+def cpu(**programs: ProgramFit) -> Cluster:
+    """One core of the shipped CPU machine."""
+    cluster = parse_cluster("cpu:1")
+    host = cluster.hosts[0]
+    device = msgspec.structs.replace(host.device, programs=programs)
+    return msgspec.structs.replace(cluster, hosts=(msgspec.structs.replace(host, device=device),))
+
+
+def tiny_plan(cluster: Cluster) -> Plan:
+    model = get_model("gpt:layers=1,hidden=32,heads=2,seq=16,vocab=64")
+    fix = Fix(microbatches=2, schedule="1f1b", remat="none")
+    return search(lambda count: trace(model, 4, count).graph, Request(cluster, 4, fix))
+
+
+def test_a_straight_line_of_priced_seconds_is_found_again() -> None:
+    def step(scale: float) -> Step:
+        priced = dict.fromkeys(PHASES, 1e-3 * scale)
+        return Step("gpt", priced, {phase: DISPATCH_SECONDS + 4e-4 + 1.2 * each for phase, each in priced.items()})
+
+    fits = fit_phases([step(scale) for scale in (0.1, 1.0, 10.0, 40.0)], DISPATCH_SECONDS, "measured")
+    assert set(fits) == set(PHASES)
+    for found in fits.values():
+        assert found.fixed_seconds.value == pytest.approx(4e-4, rel=1e-3)
+        assert found.slowdown.value == pytest.approx(1.2, rel=1e-3)
+        assert "over 4 points" in found.slowdown.source
+
+
+def test_a_phase_that_took_no_time_has_no_fit() -> None:
+    steps = [Step("gpt", dict.fromkeys(PHASES, x), {"forward": x, "backward": x, "once": 0.0}) for x in (1.0, 2.0)]
+    assert set(fit_phases(steps, 0.0, "measured")) == {"forward", "backward"}
+
+
+def test_programs_scale_the_compute_of_a_planned_stage_and_nothing_else() -> None:
+    (plain,) = tiny_plan(cpu()).stages
+    fits = {"forward": fit(3e-4, 1.5), "backward": fit(7e-4, 2.0), "once": fit(1e-4, 3.0)}
+    (stage,) = tiny_plan(cpu(**fits)).stages
+    assert stage.forward_compute_seconds == pytest.approx(3e-4 + 1.5 * plain.forward_compute_seconds)
+    assert stage.backward_compute_seconds == pytest.approx(7e-4 + 2.0 * plain.backward_compute_seconds)
+    assert stage.update_seconds == pytest.approx(1e-4 + 3.0 * plain.update_seconds)
+    assert stage.peak_memory_bytes == plain.peak_memory_bytes
+    assert stage.dispatch_seconds == plain.dispatch_seconds
+
+
+def test_a_machine_file_keeps_programs(tmp_path: object) -> None:
+    path = f"{tmp_path}/machine.json"
+    cluster = cpu(forward=fit(3e-4, 1.5))
+    save_cluster(cluster, path)
+    assert load_cluster(path) == cluster
+
+
+def test_an_unknown_phase_is_named() -> None:
+    device: Device = cpu().device(0)
+    with pytest.raises(ClusterError, match=r"programs\.sideways is no phase of a step; known are forward"):
+        msgspec.structs.replace(device, programs={"sideways": fit(0.0, 1.0)}).__post_init__()
+
+
+def test_waiting_costs_no_cpu() -> None:
+    (slept,) = cpu_seconds(lambda: time.sleep(0.05), 1)
+    assert slept < 0.04
+
+
+def test_the_price_of_the_matmul_is_the_planner_s() -> None:
+    device = cpu().device(0)
+    rate = device.peak_flops("f32") * device.matmul_efficiency.value
+    assert matmul_price(cpu()) == pytest.approx(2 * 256**3 / rate + device.launch_seconds.value)
