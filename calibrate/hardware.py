@@ -331,7 +331,7 @@ def _parse_part(part: str) -> Cluster:
         known = ", ".join(shipped_machines())
         close = difflib.get_close_matches(name, shipped_machines(), n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ClusterError(f"cluster {part!r} is unknown; {hint}Shipped are {known}; or give the path of a .json file.")
+        raise ClusterError(f"cluster {part!r} is unknown; {hint}shipped are {known}; or give the path of a .json file")
     if not colon:
         return cluster
     if not (count_text.isascii() and count_text.isdigit() and int(count_text) >= 1):

@@ -110,7 +110,6 @@ def judge(
     devices = cluster.devices
     peak = max(timeline.peak_bytes)
     rate = model_flops / seconds / devices
-    limit = min(host.device.memory_bytes.value for host in cluster.hosts)
     low, high = _relative_error(cluster)
     return Predicted(
         iteration_seconds=seconds,
@@ -118,11 +117,20 @@ def judge(
         iteration_seconds_high=seconds * high,
         tokens_per_second=samples * tokens / seconds,
         model_flops_per_second_per_device=rate,
-        mfu=rate / cluster.device(0).peak_flops(dtype),
+        mfu=model_flops / seconds / cluster.peak_flops(dtype),
         bubble_fraction=timeline.bubble_fraction,
         exposed_communication_seconds=timeline.exposed_communication_seconds,
         peak_memory_bytes=peak,
-        fits=bool(peak <= limit),
+        fits=_fits(timeline, cluster),
+    )
+
+
+def _fits(timeline: Timeline, cluster: Cluster) -> bool:
+    """Whether each mesh holds no more than the smallest of its devices."""
+    return all(
+        peak <= cluster.device(device).memory_bytes.value
+        for peak, devices in zip(timeline.peak_bytes, timeline.mesh_devices, strict=True)
+        for device in devices
     )
 
 

@@ -42,8 +42,10 @@ def collective_seconds(
 
 def collective_parts(kind: CollectiveKind, message_bytes: float, ranks: int, link: Link, dtype: str = "bf16") -> Parts:
     """``collective_seconds`` in its two parts: what is latency, and what other traffic on the links would slow."""
-    if ranks < 1:
-        raise ClusterError(f"a collective of {ranks} ranks was asked for; at least 1 is needed")
+    if ranks < 1 or ranks != int(ranks):
+        raise ClusterError(f"a collective of {ranks} ranks was asked for; a whole number of at least 1 is needed")
+    if not (math.isfinite(message_bytes) and message_bytes >= 0):
+        raise ClusterError(f"a message of {message_bytes} bytes was asked for; a finite number of at least 0 is needed")
     if kind not in COLLECTIVE_KINDS:
         raise ClusterError(f"collective {kind!r} has no cost; known are {', '.join(COLLECTIVE_KINDS)}")
     if ranks == 1 or message_bytes == 0:

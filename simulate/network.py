@@ -10,6 +10,7 @@ to and from the spine (Al-Fares et al., SIGCOMM 2008, section 2.1.3).
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 from meshwright.calibrate.hardware import Cluster
 from meshwright.simulate.collective import port_bytes_per_second
@@ -42,7 +43,7 @@ class Network:
     @cached_property
     def firsts(self) -> tuple[int, ...]:
         """The first device of each host."""
-        return tuple(self.homes.index(host) for host in range(len(self.cluster.hosts)))
+        return tuple(accumulate((host.devices for host in self.cluster.hosts[:-1]), initial=0))
 
     def home(self, device: int) -> int:
         """The host of one device.

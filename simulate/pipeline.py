@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,12 @@ class Numbers:
                 f"the {key.what} from stage {key.source} to stage {key.target} costs {found[wrong]}; finite numbers of "
                 "at least 0 are needed"
             )
+        for key, cost in zip(self.compiled.transfers, found, strict=True):
+            where = f"the {key.what} from stage {key.source} to stage {key.target}"
+            if not all(isfinite(weight) and weight > 0 for weight in cost.weights):
+                raise ScheduleError(f"{where} has weights {cost.weights}; finite numbers above 0 are needed")
+            if cost.links and cost.bytes and not cost.wire_seconds:
+                raise ScheduleError(f"{where} sends {cost.bytes:g} bytes over links in no time; give wire_seconds")
         return tuple(found)
 
     @cached_property
@@ -263,11 +270,23 @@ def _resources(compiled: Compiled, costs: PipelineCosts) -> Resources | None:
 
 
 def _mesh_devices(compiled: Compiled, costs: PipelineCosts) -> tuple[tuple[int, ...], ...]:
-    """The devices of each mesh: those of its first stage; a mesh without instructions has none."""
+    """The devices of each mesh: those of its first stage; a mesh without instructions has none.
+
+    Raises:
+        ScheduleError: two meshes have a device in common.
+    """
     first = compiled.code.row_start[:-1]
     empty = first == compiled.code.row_start[1:]
     stages = [-1 if none else int(compiled.code.table[i, STAGE]) for i, none in zip(first, empty, strict=True)]
-    return tuple(costs.stages[stage].devices if stage >= 0 else () for stage in stages)
+    devices = tuple(costs.stages[stage].devices if stage >= 0 else () for stage in stages)
+    owner: dict[int, int] = {}
+    for mesh, held in enumerate(devices):
+        for device in held:
+            if owner.setdefault(device, mesh) != mesh:
+                raise ScheduleError(
+                    f"device {device} is in mesh {owner[device]} and in mesh {mesh}; a device runs one row"
+                )
+    return devices
 
 
 @njit(cache=True)

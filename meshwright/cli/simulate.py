@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show", action="store_true", help="print the program, one line a device")
     parser.add_argument("--samples", type=int, metavar="K", help="also sample K steps with jitter")
     parser.add_argument("--jitter", type=seconds, metavar="S", help="of kernels and transfers, each (default: 0.05)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (default: 0)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the samples (default: 0)")
     parser.add_argument("--trace", metavar="FILE", help="write a trace for ui.perfetto.dev")
     parser.add_argument("--plot", metavar="FILE", help="write the timeline as a picture (.png, .svg, .pdf)")
     parser.add_argument("--memory", action="store_true", help="draw each device's memory into the picture too")
@@ -72,8 +72,11 @@ def run(args: argparse.Namespace) -> int:
     sizes = {name: getattr(args, name) for name in ("schedule", "stages", "microbatches")}
     choices = ("chunks", "pair", "edges", "lifo")
     of_model = ("cluster", "batch", "fix", "ignore_memory")
-    if args.jitter is not None and args.samples is None:
-        return _wrong("--jitter is of samples; give --samples too")
+    for name in ("jitter", "seed"):
+        if getattr(args, name) is not None and args.samples is None:
+            return _wrong(f"--{name} is of samples; give --samples too")
+    if args.memory and args.plot is None:
+        return _wrong("--memory is drawn into the picture; give --plot too")
     if args.plan is not None:
         if mixed := _given(args, (*sizes, "program", "times", "hop", *choices, "show")):
             return _wrong(f"a plan or a model brings its own schedule; leave out {mixed}")
@@ -101,7 +104,7 @@ def run_plan(args: argparse.Namespace) -> int:
     prediction = predict_file(args.plan)
     sampled = None
     if args.samples is not None:
-        sampled = sample_plan(prediction.plan, _chances(args), samples=args.samples, seed=args.seed)
+        sampled = sample_plan(prediction.plan, _chances(args), samples=args.samples, seed=args.seed or 0)
     plan = prediction.plan
     costs = costs_of(plan.hardware, plan.stages, plan.transfers)
     _write(args, prediction.timeline, "predicted", costs)
@@ -189,7 +192,7 @@ def _samples(args: argparse.Namespace, program: Code | Compiled, costs: Pipeline
     """The samples that were asked for."""
     if args.samples is None:
         return None
-    return sample_steps(program, costs, _chances(args), samples=args.samples, seed=args.seed)
+    return sample_steps(program, costs, _chances(args), samples=args.samples, seed=args.seed or 0)
 
 
 def _observed(timeline: Timeline, costs: PipelineCosts) -> dict[str, Any]:

@@ -107,10 +107,14 @@ def parse_grid(given: Sequence[str], batch: int, cluster: Cluster) -> Grid:
         PlanError: an option is unknown or cannot be.
     """
     values: dict[str, Any] = {}
+    seen: set[str] = set()
     for text in given:
         key, equals, value = text.partition("=")
         if not equals:
             raise PlanError(f"--fix {text} has no value; write --fix KEY=VALUE")
+        if key in seen:
+            raise PlanError(f"--fix {key} is given twice; give it once")
+        seen.add(key)
         match key:
             case "schedule":
                 name, colon, chunks = value.partition(":")

@@ -158,6 +158,8 @@ class Times:
 
     ``kept_share`` of what a stage saves for a micro-batch stays there from the first half of its backward to the end of
     the second; the default is that of a Transformer layer without fused attention, heads of 128 and sequences of 1024.
+    ``saved_bytes`` of each stage, where given, are what it saves for a micro-batch: a limit of so many micro-batches is
+    meant for the median stage, and one that saves more (a head's logits) may hold fewer.
     """
 
     forward_seconds: tuple[float, ...]
@@ -165,6 +167,7 @@ class Times:
     weight_seconds: tuple[float, ...]
     hop_seconds: float = 0.0
     kept_share: float = KEPT_SHARE
+    saved_bytes: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         of_stages = (self.forward_seconds, self.input_seconds, self.weight_seconds)

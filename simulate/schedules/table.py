@@ -49,4 +49,4 @@ def find_schedule(name: str) -> Schedule:
         return SCHEDULES[name]
     close = difflib.get_close_matches(name, SCHEDULES, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ScheduleError(f"schedule {name!r} is unknown; {hint}Known are {', '.join(SCHEDULES)}.")
+    raise ScheduleError(f"schedule {name!r} is unknown; {hint}known are {', '.join(SCHEDULES)}")

@@ -246,7 +246,12 @@ def _limited(meshes: int, microbatches: int, options: Options, *, per_mesh: int)
         raise ScheduleError(
             f"times of {len(times.forward_seconds)} stages are given for {meshes} meshes; one of each is needed"
         )
-    return zero_bubble(times, microbatches, [per_mesh * meshes] * meshes)
+    saved = times.saved_bytes or (1.0,) * meshes
+    if len(saved) != meshes or min(saved) <= 0:
+        raise ScheduleError(f"saved_bytes are {saved}; a number above 0 is needed for each of {meshes} stages")
+    usual = float(np.median(saved))
+    limits = [max(1.0, per_mesh * meshes * min(1.0, usual / held)) for held in saved]
+    return zero_bubble(times, microbatches, limits)
 
 
 ZB_1P = Schedule(

@@ -8,13 +8,15 @@ import numpy as np
 
 from meshwright.calibrate.hardware import Cluster
 from meshwright.errors import PlanError
+from meshwright.simulate.build import weave
 from meshwright.simulate.code import INPUT, KIND, STAGE
 from meshwright.simulate.collective import transfer_seconds
-from meshwright.simulate.compiled import Compiled
+from meshwright.simulate.compiled import Compiled, compile_program
 from meshwright.simulate.costs import PipelineCosts, TransferCost
 from meshwright.simulate.operations import Collective
 from meshwright.simulate.pipeline import compiled_schedule, simulate
 from meshwright.simulate.program import Payload
+from meshwright.simulate.schedules.base import Options, Times
 from meshwright.simulate.schedules.table import find_schedule
 from meshwright.simulate.timeline import Parts, Timeline
 from meshwright.simulate.topology import SubMesh, hop_link
@@ -84,8 +86,7 @@ class GridPrediction:
 
     @property
     def _possible_flops(self) -> float:
-        peak = self.cluster.device(0).peak_flops(self.model.matmuls_in)
-        return self.iteration_seconds * self.grid.devices * peak
+        return self.iteration_seconds * self.cluster.peak_flops(self.model.matmuls_in)
 
 
 def predict_grid(model: Transformer, cluster: Cluster, grid: Grid, stack: Stack) -> GridPrediction:
@@ -97,9 +98,14 @@ def predict_grid(model: Transformer, cluster: Cluster, grid: Grid, stack: Stack)
     """
     check_grid(model, grid, cluster.devices)
     local = Local(model, grid, stack)
-    program = _program(model, grid, stack)
-    homes = _homes(program)
-    stages = _stages(local, cluster, homes)
+    if "times" in find_schedule(grid.schedule).takes:  # searched for what its stages take, one on each mesh
+        homes = tuple(range(grid.pipeline))
+        stages = _stages(local, cluster, homes)
+        program = _program(model, grid, stack, _times(stages, _transfers(local, cluster, stages, homes)))
+    else:
+        program = _program(model, grid, stack)
+        homes = _homes(program)
+        stages = _stages(local, cluster, homes)
     split = bool((program.code.table[:, KIND] == INPUT).any())
     if split and grid.zero == 3:
         raise PlanError(f"schedule {grid.schedule} splits backwards, which gathers no weights; use zero 2 at most")
@@ -116,13 +122,30 @@ def predict_grid(model: Transformer, cluster: Cluster, grid: Grid, stack: Stack)
     return GridPrediction(model, grid, cluster, program, costs, simulate(program, costs), seconds)
 
 
-def _program(model: Transformer, grid: Grid, stack: Stack) -> Compiled:
+def _times(stages: tuple[Stage, ...], transfers: Mapping[tuple[int, int, Payload], TransferCost]) -> Times:
+    """What a schedule is searched for; a hop is the longest between two stages."""
+    between = [cost for (_, _, what), cost in transfers.items() if what in ("activation", "cotangent")]
+    return Times(
+        tuple(stage.forward.seconds for stage in stages),
+        tuple(stage.input_gradient.seconds for stage in stages),
+        tuple(stage.weight_gradient.seconds for stage in stages),
+        hop_seconds=max((cost.wire_seconds + cost.latency_seconds for cost in between), default=0.0),
+        kept_share=max(stage.weight_saved_bytes / stage.saved_bytes for stage in stages),
+        saved_bytes=tuple(stage.saved_bytes for stage in stages),
+    )
+
+
+def _program(model: Transformer, grid: Grid, stack: Stack, times: Times | None = None) -> Compiled:
     plan = find_schedule(grid.schedule)
     if plan.replicas > 1:
         raise PlanError(f"schedule {plan.name} keeps {plan.replicas} copies of all weights; take one without copies")
     if "chunks" not in plan.takes and grid.chunks != plan.chunks:
         raise PlanError(f"schedule {plan.name} puts {plan.chunks} stages on a mesh; set chunks to {plan.chunks}")
     tied = ((0, grid.stages - 1),) if model.tied and grid.stages > 1 else ()
+    if times is not None:
+        order = plan.make(grid.pipeline, grid.microbatches, Options(times=times))
+        code = weave(order, order.edges, tied, norm=stack.clipped, gather=grid.zero in (1, 2))
+        return compile_program(code)
     return compiled_schedule(
         grid.schedule,
         grid.pipeline,

@@ -143,6 +143,12 @@ class Stage:
         return saved + (activations.head_bytes(self.local) if self.last else 0.0)
 
     @property
+    def weight_saved_bytes(self) -> float:
+        """What of them stays between the two halves of a split backward."""
+        kept = self.layers * activations.weight_gradient_bytes(self.local)
+        return kept + (activations.head_weight_gradient_bytes(self.local) if self.last else 0.0)
+
+    @property
     def transient_bytes(self) -> float:
         """What the recomputation of one layer brings back for its backward."""
         if not self.layers:
@@ -163,6 +169,7 @@ class Stage:
             static_bytes=total(self.static_parts),
             static_parts=self.static_parts,
             saved_bytes=self.saved_bytes,
+            weight_saved_bytes=self.weight_saved_bytes if split else None,
             transient_bytes=self.transient_bytes,
         )
 

@@ -63,8 +63,9 @@ def test_a_count_is_of_hosts_and_for_shared_cores_of_devices(spec: str, hosts: i
     ("spec", "says"),
     [
         ("dgxa100:2", "did you mean 'dgx-a100'"),
-        ("abacus", "Shipped are cpu, dgx-a100, dgx-h100, dgx-h200, h100, p3.16xlarge"),
-        ("", "Shipped are"),
+        ("dgx-a100:1000000000", "more than 262,144 devices"),
+        ("abacus", "shipped are cpu, dgx-a100, dgx-h100, dgx-h200, h100, p3.16xlarge"),
+        ("", "shipped are"),
         ("cpu:0", "use a whole number, as in cpu:2"),
         ("cpu:-1", "use a whole number"),
         ("cpu:²", "use a whole number"),

@@ -200,3 +200,18 @@ def test_more_bytes_never_take_less_time(
     assert math.isfinite(more)
     parts = collective_parts(kind, sizes[0], ranks, there)
     assert parts.wire_seconds > 0 <= parts.latency_seconds
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "message"),
+    [
+        (-1.0, 8, "a message of -1.0 bytes"),
+        (float("nan"), 8, "a message of nan bytes"),
+        (float("inf"), 8, "a message of inf bytes"),
+        (1e6, 2.5, "a collective of 2.5 ranks"),
+        (1e6, 0, "a collective of 0 ranks"),
+    ],
+)
+def test_impossible_collectives_are_refused(size: float, ranks: int, message: str) -> None:
+    with pytest.raises(ClusterError, match=message):
+        collective_seconds("all_reduce", size, ranks, link())

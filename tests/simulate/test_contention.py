@@ -53,6 +53,14 @@ def test_shares_are_max_min_fair_in_bytes_not_in_progress() -> None:
     assert arrivals == {0: pytest.approx(6), 1: pytest.approx(6)}
 
 
+def test_what_links_add_to_a_transfer_is_exposed_communication() -> None:
+    """1 forward, 4 s of two flows that take 2 alone, 3 of computing."""
+    flow = TransferCost(2.0, 0.0, bytes=20, links=(0,))
+    timeline = to_one(flow, flow, (10.0,))
+    assert timeline.exposed_communication_seconds == pytest.approx(4)
+    assert timeline.makespan_seconds == pytest.approx(8)
+
+
 def test_the_critical_path_names_the_contention() -> None:
     flow = TransferCost(2.0, 0.5, bytes=20, links=(0,))
     timeline = to_one(flow, flow, (10.0,))
@@ -97,6 +105,8 @@ def test_sharing_a_link_never_makes_a_gpipe_step_quicker(count: int, m: int, nam
         (TransferCost(2.0, 0.0, bytes=20, links=(0,)), (float("nan"),), "a link has nan bytes/s"),
         (TransferCost(1.0, 0.0, bytes=20, links=(0,)), (10.0,), "give it at least 2 s"),
         (TransferCost(2.0, 0.0, bytes=20, links=(0,), weights=(1.0, 2.0)), (10.0,), "1 links and 2 weights"),
+        (TransferCost(2.0, 0.0, bytes=20, links=(0,), weights=(-1.0,)), (10.0,), "finite numbers above 0 are needed"),
+        (TransferCost(0.0, 0.0, bytes=20, links=(0,)), (10.0,), "sends 20 bytes over links in no time"),
         (TransferCost(-2.0, 0.0), (10.0,), "finite numbers of at least 0 are needed"),
         (TransferCost(2.0, float("inf")), (10.0,), "finite numbers of at least 0 are needed"),
     ],

@@ -205,6 +205,9 @@ def test_what_has_no_cost_is_refused() -> None:
         simulate(build_program("1f1b", 2, 1), PipelineCosts((stage,), {}))
     with pytest.raises(ScheduleError, match="0>1a0: the activation from stage 0 to stage 1 has no cost"):
         simulate(build_program("1f1b", 2, 1), PipelineCosts((stage, stage), {}))
+    free = transfers(build_program("1f1b", 2, 1), TransferCost(0.0, 0.0))
+    with pytest.raises(ScheduleError, match="device 0 is in mesh 0 and in mesh 1"):
+        simulate(build_program("1f1b", 2, 1), PipelineCosts((stage, stage), free))
     with pytest.raises(ScheduleError, match="has no partner"):
         simulate(parse("0<1c0 0F0"), PipelineCosts((stage,), {}))
     with pytest.raises(ScheduleError, match="forward_seconds of a stage is -1"):

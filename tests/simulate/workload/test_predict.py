@@ -148,6 +148,34 @@ def test_memory_of_weights_follows_zero(zero: int) -> None:
     assert sum(parts.values()) == pytest.approx(found.peak_bytes)
 
 
+def test_utilisation_of_a_mixed_cluster_counts_every_peak() -> None:
+    """Half the devices with a third of the peak: what all could do is two thirds of what the quick ones could."""
+    quick = cluster(2)
+    device = quick.hosts[0].device
+    slow = msgspec.structs.replace(
+        device, flops_per_second={name: rate.scaled(1 / 3) for name, rate in device.flops_per_second.items()}
+    )
+    hosts = (quick.hosts[0], msgspec.structs.replace(quick.hosts[0], device=slow))
+    both = [msgspec.structs.replace(quick, hosts=order) for order in (hosts, hosts[::-1])]
+    for mixed in both:
+        found = step(at=mixed, tensor=2, pipeline=2, microbatch_size=2)
+        assert found.mfu == pytest.approx(MODEL.step_flops(16) / found.iteration_seconds / (4 * PEAK * 2 / 3))
+
+
+@pytest.mark.parametrize("schedule", ["zb-1p", "zb-2p"])
+def test_searched_schedules_are_searched_for_the_times_of_the_stages(schedule: str) -> None:
+    """No slower than 1F1B of the same grid, and within its own limit of memory."""
+    found, fixed = (step(schedule=name, pipeline=4, microbatch_size=2) for name in (schedule, "1f1b"))
+    assert found.timeline.span_seconds <= fixed.timeline.span_seconds * (1 + 1e-9)
+    held = [cost.saved_bytes for cost in found.costs.stages]
+    limit = 4 * (2 if schedule == "zb-2p" else 1) * sorted(held)[1]
+    live = [
+        peak - cost.static_bytes - cost.transient_bytes
+        for peak, cost in zip(found.timeline.peak_bytes, found.costs.stages, strict=True)
+    ]
+    assert max(live[1:-1]) <= limit * (1 + 1e-9)
+
+
 def test_a_slow_host_is_what_a_small_model_waits_for() -> None:
     eager = replace(PLAIN, operation_seconds=1e-3)
     found = step(stack=eager, batch=2)
