@@ -179,9 +179,15 @@ class Timeline:
 
     @property
     def exposed_communication_seconds(self) -> float:
-        """Seconds of the critical path spent on transfers, on reductions of gradients and on gathers."""
-        causes = self.critical_seconds
-        return sum(causes.get(cause, 0.0) for cause in COMMUNICATION)
+        """Seconds of the critical path spent on transfers, on reductions of gradients and on gathers.
+
+        What shared links add to these is in it; what shared cores add to computations is not.
+        """
+        return sum(
+            step.latency_seconds
+            + (step.own_seconds + step.contention_seconds) * (CAUSES[type(step.event.instruction)] in COMMUNICATION)
+            for step in self.critical_path
+        )
 
     def _work(self) -> tuple[Ints, Floats, Floats]:
         spans = self.known_spans() if self.known_spans is not None else spans_of(self.events)

@@ -37,10 +37,10 @@ def verify(
     Proved: every stage lives on one mesh and runs the forward and the backward of each of its micro-batches once, the
     forward first, the backward whole or as its two halves in order; each ``Send`` follows the computation that makes
     its payload and has one ``Receive``, which precedes the computation that needs it; every micro-batch crosses the
-    same edges, and for each activation a cotangent comes back; on one mesh the stages of an edge run in its order; ``Reduce``
-    follows all backwards, ``Update`` follows ``Reduce`` and ``Gather`` follows ``Update``; no device has two rows, so
-    that the collectives of each device have one order; no mesh holds more activations than it may; and all rows, run
-    together, reach their ends.
+    same edges, and for each activation a cotangent comes back; on one mesh the stages of an edge run in its order;
+    ``Reduce`` follows all backwards, ``Update`` follows ``Reduce`` and ``Gather`` follows ``Update``; no device has two
+    rows, so that the collectives of each device have one order; no mesh holds more activations than it may; and all
+    rows, run together, reach their ends.
 
     Args:
         edges: if given, the (source, target) pairs of stages that activations must cross, no more and no fewer.
@@ -81,8 +81,8 @@ def need_numbered(program: Program) -> None:
                 number = getattr(step, name, 0)
                 if number >= count:
                     raise ScheduleError(
-                        f"{word(step)} is of {name.replace('microb', 'micro-b')} {number}; {count} instructions are too "
-                        "few for all before it, and they are numbered from 0"
+                        f"{word(step)} is of {name.replace('microb', 'micro-b')} {number}; {count} instructions are "
+                        "too few for all before it, and they are numbered from 0"
                     )
 
 
