@@ -93,6 +93,13 @@ def play_program(program: Program, times: StageTimes = UNIT_TIMES, hop_seconds: 
     Raises:
         ScheduleError: the program is no correct step; the message says where.
     """
+    return simulate(*program_costs(program, times, hop_seconds))
+
+
+def program_costs(
+    program: Program, times: StageTimes = UNIT_TIMES, hop_seconds: float = 0.0
+) -> tuple[Code, PipelineCosts]:
+    """A program written by hand as the simulator wants it; ``play_program`` says how it is read and refused."""
     need_numbered(program)
     edges = None
     if not any(isinstance(step, Send | Receive) and step.what in BETWEEN for row in program for step in row):
@@ -100,7 +107,7 @@ def play_program(program: Program, times: StageTimes = UNIT_TIMES, hop_seconds: 
         program, edges = _chained(program)
     verify(program, edges)
     code = encode(program)
-    return simulate(code, equal_costs(code, times, hop_seconds))
+    return code, equal_costs(code, times, hop_seconds)
 
 
 def _chained(program: Program) -> tuple[Program, Edges]:

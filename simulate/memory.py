@@ -40,17 +40,6 @@ RECIPES = {
 }
 
 
-def find_recipe(name: str) -> Recipe:
-    """The recipe of this name.
-
-    Raises:
-        ScheduleError: there is none; the message lists those that exist.
-    """
-    if name not in RECIPES:
-        raise ScheduleError(f"recipe {name!r} is unknown; known are {', '.join(RECIPES)}")
-    return RECIPES[name]
-
-
 def model_state_bytes(parameters: float, recipe: Recipe, *, zero: int = 0, ranks: int = 1) -> Parts:
     """Bytes of parameters, gradients and optimizer state on each of ``ranks`` data-parallel devices.
 

@@ -222,44 +222,6 @@ def with_gradient_sync(
     return tuple(result)
 
 
-def with_parameter_gathers(
-    operations: Sequence[Operation],
-    used_bytes: Mapping[int, float],
-    ranks: int,
-    axis: str,
-    *,
-    prefetch: int = 1,
-) -> tuple[Operation, ...]:
-    """A stage whose parameters are gathered before use and dropped after it (ZeRO-3, FSDP).
-
-    Args:
-        used_bytes: gathered bytes of the parameters that are first needed at a position (of a layer's first
-            operation).
-        prefetch: how many layers ahead parameters may be gathered: the gather of a layer starts when the layer
-            ``prefetch`` + 1 before it has ended.
-
-    Source: Zhao et al., PyTorch FSDP, VLDB 2023, section 3.3.
-    """
-    if prefetch < 0:
-        raise ScheduleError(f"a prefetch of {prefetch} layers was asked for; at least 0 is needed")
-    plain = _explicit(operations)
-    heads = sorted(position for position, size in used_bytes.items() if size)
-    place: dict[int, int] = {}  # position in the plain list → in the result
-    result: list[Operation] = []
-    for i, operation in enumerate(plain):
-        extra: tuple[int, ...] = ()
-        if i in heads:
-            layer = heads.index(i) - prefetch - 1  # whose end frees the memory for this one's parameters
-            freed = heads[layer + 1] - 1 if layer >= 0 else -1
-            gather = Collective(kind="all_gather", message_bytes=used_bytes[i], ranks=ranks, axis=axis)
-            result.append(Operation("all_gather parameters", gather, (place[freed],) if freed >= 0 else ()))
-            extra = (len(result) - 1,)
-        place[i] = len(result)
-        needs = tuple(place[k] for k in operation.needs or ())
-        result.append(replace(operation, needs=(*needs, *extra)))
-    return tuple(result)
-
-
 def _explicit(operations: Sequence[Operation]) -> tuple[Operation, ...]:
     """The same operations with what they need named by position."""
     return tuple(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.errors import ScheduleError
-from meshwright.simulate.bare import StageTimes, bare_code, equal_costs, play_program
+from meshwright.simulate.bare import StageTimes, bare_code, equal_costs, program_costs
 from meshwright.simulate.code import Code, decode
 from meshwright.simulate.compiled import Compiled
 from meshwright.simulate.costs import PipelineCosts
@@ -150,9 +150,8 @@ def run_program(args: argparse.Namespace) -> int:
     program = parse(text)
     if not program:
         raise ScheduleError(f"{args.program}: there is no instruction in it; write one line a mesh, as in 0F0 0B0")
-    if args.samples is not None:
-        raise ScheduleError("--samples are of plans, models and schedules; a program written by hand has none")
-    return _answer(args, play_program(program, args.times or StageTimes(), args.hop or 0.0), program, args.program)
+    code, costs = program_costs(program, args.times or StageTimes(), args.hop or 0.0)
+    return _answer(args, simulate(code, costs), program, args.program, _samples(args, code, costs))
 
 
 def _answer(

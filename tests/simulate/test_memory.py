@@ -9,7 +9,6 @@ from meshwright.simulate.bare import play
 from meshwright.simulate.memory import (
     RECIPES,
     Overheads,
-    find_recipe,
     model_state_bytes,
     need_fit,
     static_parts,
@@ -30,9 +29,9 @@ def test_the_example_of_the_zero_paper(zero: int, gigabytes: float) -> None:
 def test_each_level_holds_no_more_than_the_one_before_and_one_rank_holds_all(
     ranks: int, parameters: float, recipe: str
 ) -> None:
-    held = [total(model_state_bytes(parameters, find_recipe(recipe), zero=z, ranks=ranks)) for z in range(4)]
+    held = [total(model_state_bytes(parameters, RECIPES[recipe], zero=z, ranks=ranks)) for z in range(4)]
     assert held == sorted(held, reverse=True)
-    assert held[3] == pytest.approx(parameters * find_recipe(recipe).bytes_per_parameter / ranks)
+    assert held[3] == pytest.approx(parameters * RECIPES[recipe].bytes_per_parameter / ranks)
 
 
 def test_the_allocator_loses_its_share_of_all_but_the_context() -> None:
@@ -65,8 +64,3 @@ def test_what_does_not_fit_says_by_how_much_and_what_is_largest() -> None:
 def test_impossible_numbers_are_refused(zero: int, ranks: int, parameters: float, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         model_state_bytes(parameters, RECIPES["f32-adam"], zero=zero, ranks=ranks)
-
-
-def test_an_unknown_recipe_lists_the_known_ones() -> None:
-    with pytest.raises(ScheduleError, match="known are f32-sgd, f32-momentum, f32-adam"):
-        find_recipe("lion")

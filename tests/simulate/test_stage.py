@@ -13,7 +13,6 @@ from meshwright.simulate.stage import (
     StageRun,
     run_operations,
     with_gradient_sync,
-    with_parameter_gathers,
 )
 
 EAGER = Dispatch(operation_seconds=1.0)
@@ -155,14 +154,6 @@ def test_the_exposed_rest_of_a_bucketed_sync_is_the_formula(layers: int, layer: 
             held = 0.0
     expected = max(ready + sum(sizes[k:]) for k, ready in enumerate(full))
     assert ran.seconds == pytest.approx(expected)
-
-
-def test_parameters_are_gathered_as_far_ahead_as_memory_is_kept_for() -> None:
-    """Three layers of 2 s, gathers of 1 s: without prefetch each is exposed, with one layer ahead only the first."""
-    layers = [compute(2.0)] * 3
-    used = dict.fromkeys(range(3), 1.0)
-    assert run(with_parameter_gathers(layers, used, 4, "data", prefetch=0)).seconds == 9
-    assert run(with_parameter_gathers(layers, used, 4, "data", prefetch=1)).seconds == 7
 
 
 @pytest.mark.parametrize("needs", [(1,), (2,), (-1,)])
