@@ -79,6 +79,11 @@ class Case:
         """What plans have in common that one chooses among: model, GPUs and batch."""
         return (self.row.text("hardware"), self.cluster.devices, self.model, self.grid.batch)
 
+    @property
+    def system(self) -> str:
+        """What constants are fitted to."""
+        return system_of(self.row)
+
 
 def read_case(row: Row) -> Case:
     """What a row asks for.

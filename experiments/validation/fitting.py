@@ -16,13 +16,14 @@ from scipy.optimize import least_squares
 from experiments.validation.cases import Case
 from experiments.validation.score import bias_percent, mape_percent
 from meshwright.simulate.workload.predict import predict_grid
-from meshwright.simulate.workload.stack import with_constants
+from meshwright.simulate.workload.stack import FACTORS, shipped_stacks, with_constants
 
 SCATTER = 0.05  # of a measured step around a good model, as a logarithm: what a row weighs against a prior
 OUTLIER = 2.0  # rows further off than so many times the scatter count linearly
 MOST_ROWS = 90  # of one system that are simulated for a fit; more of them say nothing new
 ROUNDS = 5
 STEP = 0.04
+QUANTILE = 1.2816  # of a normal distribution: 80 % lie between it and its negative
 
 
 class Prior(NamedTuple):
@@ -42,9 +43,14 @@ USUAL = {
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Constants of a stack on a system, and how far the rows are that they were fitted to."""
+    """Constants of a stack on a system, and how far the rows are that they were fitted to.
+
+    ``ranges`` hold each constant that was fitted with 80 % (normal, on logarithms, prior and rows together); the others
+    are as usual.
+    """
 
     constants: dict[str, float]
+    ranges: dict[str, tuple[float, float]]
     rows: int
     mape_percent: float
     bias_percent: float
@@ -53,17 +59,25 @@ class Fit:
 def constants_of(cases: Sequence[Case]) -> tuple[tuple[str, ...], ...]:
     """Which three constants may be fitted; of several choices, the one that the rows like best is taken.
 
-    The third is what is held beside tensors, where memory was measured, else the time that a host which dispatches
-    eagerly takes for an operation. The second is the network between hosts or, as where there is but one, the links
-    inside.
+    The third is what is held beside tensors, where memory was measured; then the second is the network between hosts
+    or the links inside. Elsewhere it is the time that a host which dispatches eagerly takes for an operation or, where
+    there are several hosts, their network.
     """
-    third = ("overhead_bytes",) if any(case.row.positive("mem_gib") for case in cases) else ()
-    if not third and cases[0].stack.operation_seconds:
-        third = ("operation_seconds",)
-    seconds = ["communication_factor"]
-    if any(len(case.cluster.hosts) > 1 for case in cases):
-        seconds.append("network_factor")
-    return tuple(("kernel_factor", second, *third) for second in seconds)
+    spread = any(len(case.cluster.hosts) > 1 for case in cases)
+    inside = ("kernel_factor", "communication_factor")
+    if any(case.row.positive("mem_gib") for case in cases):
+        outside = (("kernel_factor", "network_factor", "overhead_bytes"),) if spread else ()
+        return ((*inside, "overhead_bytes"), *outside)
+    if spread:
+        return ((*inside, "network_factor"),)
+    return ((*inside, "operation_seconds") if cases[0].stack.operation_seconds else inside,)
+
+
+def usual_constants(stack: str) -> dict[str, float]:
+    """Constants of a stack on a system that none of the rows in the fit half ran on."""
+    factors = {name: usual.value for name, usual in USUAL.items() if name in FACTORS}
+    host = shipped_stacks()[stack].operation_seconds
+    return factors | {"operation_seconds": 0.0 if host is None else host.value, "overhead_bytes": 0.0}
 
 
 def seconds(case: Case, constants: Mapping[str, float]) -> float:
@@ -75,42 +89,53 @@ def seconds(case: Case, constants: Mapping[str, float]) -> float:
 def fit_constants(cases: Sequence[Case]) -> Fit:
     """Constants of one system and stack from rows of it."""
     chosen = random.Random(0).sample(list(cases), MOST_ROWS) if len(cases) > MOST_ROWS else list(cases)
-    found = [_fitted(chosen, names) for names in constants_of(cases)]
-    constants = min(found, key=lambda fit: fit[0])[1]
+    _, constants, ranges = min((_fitted(chosen, names) for names in constants_of(cases)), key=lambda found: found[0])
     if any("overhead_bytes" in names for names in constants_of(cases)):
-        constants["overhead_bytes"] = _overhead_bytes(cases)
+        constants["overhead_bytes"], ranges["overhead_bytes"] = _overhead_bytes(cases)
     predicted = [seconds(case, constants) for case in chosen]
     truth = [case.measured_seconds for case in chosen]
-    return Fit(constants, len(cases), mape_percent(predicted, truth) or 0.0, bias_percent(predicted, truth) or 0.0)
+    mape, bias = mape_percent(predicted, truth), bias_percent(predicted, truth)
+    return Fit(constants, ranges, len(cases), mape or 0.0, bias or 0.0)
 
 
-def _fitted(cases: Sequence[Case], names: Sequence[str]) -> tuple[float, dict[str, float]]:
-    """The loss that remains, and the constants of time among the names; other factors are as usual."""
-    fixed = {name: usual.value for name, usual in USUAL.items() if name not in names and name != "operation_seconds"}
+def _fitted(
+    cases: Sequence[Case], names: Sequence[str]
+) -> tuple[float, dict[str, float], dict[str, tuple[float, float]]]:
+    """The loss that remains, the factors and what was fitted of the names, and ranges of the latter."""
     timed = [name for name in names if name in USUAL]
+    fixed = {name: value for name, value in usual_constants(cases[0].stack.name).items() if name not in timed}
     measured = np.log([case.measured_seconds for case in cases])
     usual = np.log([USUAL[name].value for name in timed])
     spreads = np.array([USUAL[name].spread for name in timed])
 
     def values(logs: NDArray[np.float64]) -> dict[str, float]:
-        return fixed | dict(zip(timed, np.exp(logs).tolist(), strict=True))
+        return dict(zip(timed, map(_rounded, np.exp(logs)), strict=True))
 
     def misfit(logs: NDArray[np.float64]) -> NDArray[np.float64]:
-        predicted = np.log([seconds(case, values(logs)) for case in cases])
+        constants = fixed | dict(zip(timed, np.exp(logs).tolist(), strict=True))
+        predicted = np.log([seconds(case, constants) for case in cases])
         away = (predicted - measured) / SCATTER
         robust = np.sign(away) * OUTLIER * np.sqrt(2 * (np.sqrt(1 + (away / OUTLIER) ** 2) - 1))
         return np.concatenate([robust, (logs - usual) / spreads])
 
     found = least_squares(misfit, usual, x_scale=spreads, diff_step=STEP, max_nfev=ROUNDS)
-    return float(found.cost), {name: float(f"{value:.4g}") for name, value in values(found.x).items()}
+    away = QUANTILE * np.sqrt(np.diag(np.linalg.inv(found.jac.T @ found.jac)))
+    low, high = values(found.x - away), values(found.x + away)
+    ranges = {name: (low[name], high[name]) for name in timed}
+    return float(found.cost), fixed | values(found.x), ranges
 
 
-def _overhead_bytes(cases: Sequence[Case]) -> float:
-    """Median of what is held beyond the prediction; never below zero."""
+def _overhead_bytes(cases: Sequence[Case]) -> tuple[float, tuple[float, float]]:
+    """Median of what is held beyond the prediction, never below zero; and what 80 % of the rows lie between."""
     beyond = []
     for case in cases:
         held = case.row.positive("mem_gib")
         if held is not None:
             stack = replace(case.stack, overhead_bytes=0.0)
             beyond.append(held * 2**30 - predict_grid(case.model, case.cluster, case.grid, stack).peak_bytes)
-    return max(0.0, float(f"{np.median(beyond):.3g}"))
+    low, median, high = np.maximum(np.quantile(beyond, (0.1, 0.5, 0.9)), 0.0)
+    return _rounded(median), (_rounded(low), _rounded(high))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -6,36 +6,54 @@ from pathlib import Path
 
 from experiments.validation.evaluate import Source
 from experiments.validation.rows import DataError
-from experiments.validation.score import bias_percent, mape_percent, spearman
 
 HEADS = ("source", "rows", "refused", "MAPE %", "bias %", "Spearman", "regret %", "groups", "memory MAPE %")
+HELD_OUT_HEADS = ("held out of", "rows", "of", *HEADS[3:])
 BAND = 0.2  # drawn beside the line of equality
 
 
 def table(sources: Sequence[Source]) -> list[tuple[str, ...]]:
     """The numbers of each source as text, under their heads."""
-    return [HEADS, *(_cells(source) for source in sources)]
+    return [HEADS, *((source.name, *_counts(source), *_cells(source)) for source in sources)]
 
 
-def plain(sources: Sequence[Source]) -> str:
-    """The table in columns, then what was refused and what was assumed."""
-    lines = table(sources)
+def held_out_table(sources: Sequence[Source]) -> list[tuple[str, ...]]:
+    """The same of the halves that no constant was fitted to."""
+    chosen = [source for source in sources if source.held_out.results]
+    cells = [
+        (source.name, str(len(source.held_out.results)), str(len(source.results)), *_cells(source.held_out))
+        for source in chosen
+    ]
+    return [HELD_OUT_HEADS, *cells]
+
+
+def plain(sources: Sequence[Source], split: str) -> str:
+    """The tables in columns, the constants that were fitted, then what was refused and what was assumed."""
+    tables = [*_columns(table(sources)), "", f"{split}:", *_columns(held_out_table(sources))]
+    return "\n".join([*tables, "", *_fits(sources, ""), *_notes(sources, "")])
+
+
+def markdown(sources: Sequence[Source], command: str, split: str) -> str:
+    """The same as a page with the pictures."""
+    pictures = [f"![{source.name}]({picture_name(source)})" for source in sources if source.results]
+    parts = ["# Predicted against measured", "", f"    {command}", "", *_ruled(table(sources))]
+    parts += ["", f"{split}:", "", *_ruled(held_out_table(sources)), ""]
+    parts += [*_fits(sources, "- "), *_notes(sources, "- ")]
+    return "\n".join([*parts, "", *pictures, ""])
+
+
+def _columns(lines: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = [
+    return [
         "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))])
         for first, *rest in lines
     ]
-    return "\n".join([*shown, "", *_notes(sources, "")])
 
 
-def markdown(sources: Sequence[Source], command: str) -> str:
-    """The same as a page with the pictures."""
-    head, *rows = table(sources)
+def _ruled(lines: Sequence[tuple[str, ...]]) -> list[str]:
+    head, *rows = lines
     rule = ["---", *["---:"] * (len(head) - 1)]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
-    pictures = [f"![{source.name}]({picture_name(source)})" for source in sources if source.results]
-    parts = ["# Predicted against measured", "", f"    {command}", "", *lines, "", *_notes(sources, "- ")]
-    return "\n".join([*parts, "", *pictures, ""])
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
 
 
 def picture_name(source: Source) -> str:
@@ -43,24 +61,31 @@ def picture_name(source: Source) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", source.name).strip(".") + ".png"
 
 
+def _counts(source: Source) -> tuple[str, str]:
+    return str(len(source.results)), str(source.refusals.total())
+
+
 def _cells(source: Source) -> tuple[str, ...]:
-    numbers = source.to_data()
-    regret, groups = source.regret
+    scores = source.scores
     return (
-        source.name,
-        str(numbers["rows"]),
-        str(numbers["refused"]),
-        _number(mape_percent(source.predicted, source.measured)),
-        _number(bias_percent(source.predicted, source.measured), "+.1f"),
-        _number(spearman(source.predicted, source.measured), ".3f"),
-        _number(regret),
-        str(groups),
-        _number(source.memory_mape_percent),
+        _number(scores["mape_percent"]),
+        _number(scores["bias_percent"], "+.1f"),
+        _number(scores["spearman"], ".3f"),
+        _number(scores["regret_percent"]),
+        str(source.regret[1]),
+        _number(scores["memory_mape_percent"]),
     )
 
 
 def _number(value: float | None, form: str = ".1f") -> str:
     return "–" if value is None else format(value, form)
+
+
+def _fits(sources: Sequence[Source], bullet: str) -> Iterator[str]:
+    for source in sources:
+        for (system, stack), fit in source.fits.items():
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in fit.constants.items() if name in fit.ranges)
+            yield f"{bullet}{system}, {stack}: {numbers} (from {fit.rows} rows, MAPE {fit.mape_percent:.1f} %)"
 
 
 def _notes(sources: Sequence[Source], bullet: str) -> Iterator[str]:
@@ -98,13 +123,13 @@ def draw(source: Source, path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlim=line, ylim=line, aspect="equal")
     axes.set_xlabel("measured step, seconds")
     axes.set_ylabel("predicted step, seconds")
-    mape = _number(mape_percent(source.predicted, source.measured))
+    mape = _number(source.scores["mape_percent"])
     axes.set_title(f"{source.name}: {len(source.results)} rows, MAPE {mape} %, band ±{BAND:.0%}")
     axes.legend(loc="upper left", frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def write(sources: Sequence[Source], folder: Path, command: str) -> list[Path]:
+def write(sources: Sequence[Source], folder: Path, command: str, split: str) -> list[Path]:
     """``validation.md`` and a picture of each source with predictions.
 
     Raises:
@@ -113,7 +138,7 @@ def write(sources: Sequence[Source], folder: Path, command: str) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         page = folder / "validation.md"
-        page.write_text(markdown(sources, command), encoding="utf-8")
+        page.write_text(markdown(sources, command, split), encoding="utf-8")
         pictures = [(source, folder / picture_name(source)) for source in sources if source.results]
         for source, path in pictures:
             draw(source, path)

@@ -118,19 +118,25 @@ def head_pieces(local: Local) -> tuple[Piece, ...]:
     """What comes after the last layer: norm, logits, loss."""
     model, grid = local.model, local.grid
     tokens, vocabulary = local.tokens, local.vocabulary
-    loss = Piece(
-        "loss",
-        (CrossEntropy(tokens=tokens, vocabulary=vocabulary, dtype="f32"),),
-        (CrossEntropy(tokens=tokens, vocabulary=vocabulary, dtype="f32", backward=True),),
-    )
     return (
         _norm(local, "final norm"),
         *_enter(local),
         _linear(local, "logits", tokens, model.hidden, vocabulary, gathered=True, dtype=model.dtype),
         _pointwise("logits to f32", tokens * vocabulary * (model.dtype_bytes + 4.0)),
         *((_sum(local, "loss sums", 3 * 4.0 * tokens, backward=False),) if grid.tensor > 1 else ()),
-        loss,
+        _loss(local),
     )
+
+
+def _loss(local: Local) -> Piece:
+    """Softmax cross-entropy in f32; apart, as Megatron-LM's ``mpu/cross_entropy.py`` has it, five kernels."""
+    sizes = {"tokens": local.tokens, "vocabulary": local.vocabulary, "dtype": "f32"}
+    forward: tuple[Kernel, ...] = (CrossEntropy(**sizes),)
+    if not local.stack.fused_loss:
+        once = 4.0 * local.tokens * local.vocabulary
+        passes = (1, 2, 2, 1, 2)  # maximum, difference, exponential, sum, quotient: each reads, some write
+        forward = tuple(Pointwise(bytes=times * once) for times in passes)
+    return Piece("loss", forward, (CrossEntropy(**sizes, backward=True),))
 
 
 def _pointwise(name: str, bytes: float, backward_bytes: float | None = None, *, core: bool = False) -> Piece:

@@ -34,6 +34,7 @@ class Stack:
 
     ``fused_pointwise``: bias, dropout and residual are one kernel, bias and activation another, rotary embedding of
     queries and keys a third. ``fused_softmax``: scale, mask and softmax of unfused attention are one kernel.
+    ``fused_loss``: maximum, exponential, sum and quotient of the softmax over the vocabulary are one kernel.
     ``fused_accumulation``: a weight gradient is added to the sum of earlier micro-batches inside its matmul.
     ``overlapped_tensor``: tensor-parallel collectives of the backward run beside the weight gradients.
     ``overlapped_gradients``: gradients are summed while the last backward runs. ``spread_transfers``: tensor-parallel
@@ -54,6 +55,7 @@ class Stack:
     overhead_bytes: float = 0.0
     fused_pointwise: bool = True
     fused_softmax: bool = True
+    fused_loss: bool = True
     fused_accumulation: bool = True
     overlapped_tensor: bool = False
     overlapped_gradients: bool = False
@@ -81,6 +83,7 @@ class Habits(Record, frozen=True, kw_only=True):
     program_seconds: float | None = None
     fused_pointwise: bool = True
     fused_softmax: bool = True
+    fused_loss: bool = True
     fused_accumulation: bool = True
     overlapped_tensor: bool = False
     overlapped_gradients: bool = False
