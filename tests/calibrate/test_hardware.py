@@ -38,7 +38,10 @@ def put(data: dict[str, Any], path: str, value: object) -> None:
 
 
 def test_the_five_machines_of_the_contract_are_shipped() -> None:
-    assert shipped_machines() == ("cpu", "dgx-a100", "dgx-h100", "dgx-h200", "h100", "p3.16xlarge")
+    clouds = {"g5.48xlarge", "g6.48xlarge", "p3.16xlarge", "p4d.24xlarge", "p4de.24xlarge", "p5.48xlarge"}
+    systems = {"dgx-a100", "dgx-a100-40gb", "dgx-h100", "dgx-h200", "gh200", "gh200-ndr", "selene", "v100-32gb"}
+    cards = {"cpu", "h100", "rtx-2080ti", "rtx-3090", "titan-rtx"}
+    assert set(shipped_machines()) == clouds | systems | cards | {"dgx-a100-25gbe", "dgx-h100-100gbe"}
 
 
 @pytest.mark.parametrize(
@@ -239,7 +242,7 @@ def test_dtypes_go_by_either_name_and_unknown_ones_run_as_f32() -> None:
     assert parse_cluster("dgx-h100").device(0).peak_flops("bfloat16") == 989e12
 
 
-@pytest.mark.parametrize("machine", ["cpu", "dgx-a100", "dgx-h100", "h100", "p3.16xlarge"])
+@pytest.mark.parametrize("machine", shipped_machines())
 def test_every_shipped_collective_grows_with_its_message(machine: str) -> None:
     for kind in COLLECTIVE_KINDS:
         for fit in parse_cluster(machine).hosts[0].link.collectives.get(kind, ()):
