@@ -4,7 +4,14 @@ from math import isfinite
 
 import msgspec
 
-from meshwright.calibrate.quantity import Quantity, Record, need_not_negative, need_positive, short_dtype
+from meshwright.calibrate.quantity import (
+    Quantity,
+    Record,
+    need_not_negative,
+    need_positive,
+    need_within_sheet,
+    short_dtype,
+)
 from meshwright.errors import ClusterError
 
 FALLBACK_DTYPE = "f32"
@@ -32,18 +39,20 @@ class MatmulFit(Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.compute_units < 1 or not self.efficiency:
-            raise ClusterError("matmul needs compute_units of at least 1 and the efficiency of at least one tile")
+            raise ClusterError(
+                f"compute_units is {self.compute_units} with {len(self.efficiency)} tiles in efficiency; both need at least 1"
+            )
         for tile, share in self.efficiency.items():
             sides = tile.split("x")
             if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-                raise ClusterError(f"matmul.efficiency.{tile} is no tile; write rows x columns, as in 256x128")
+                raise ClusterError(f"efficiency.{tile} is no tile; write rows x columns, as in 256x128")
             if not 0 < share <= 1:
-                raise ClusterError(f"matmul.efficiency.{tile} is {share:g}; a fraction of the peak is needed")
-        need_finite("matmul.overhead_k", self.overhead_k, 0)
-        need_finite("matmul.last_wave", self.last_wave, 0, 1)
-        need_finite("matmul.memory_bytes_per_second", self.memory_bytes_per_second, 1)
-        need_finite("matmul.launch_seconds", self.launch_seconds, 0)
-        need_finite("matmul.sharpness", self.sharpness, 1)
+                raise ClusterError(f"efficiency.{tile} is {share:g}; a fraction of the peak is needed")
+        need_finite("overhead_k", self.overhead_k, 0)
+        need_finite("last_wave", self.last_wave, 0, 1)
+        need_finite("memory_bytes_per_second", self.memory_bytes_per_second, 1)
+        need_finite("launch_seconds", self.launch_seconds, 0)
+        need_finite("sharpness", self.sharpness, 1)
 
     @property
     def tiles(self) -> tuple[tuple[int, int, float], ...]:
@@ -68,10 +77,10 @@ class AttentionFit(Record, frozen=True, kw_only=True):
     backward_share: float = 1.0
 
     def __post_init__(self) -> None:
-        need_finite("attention.efficiency", self.efficiency, 1e-6, 1)
-        need_finite("attention.half_length", self.half_length, 0)
-        need_finite("attention.launch_seconds", self.launch_seconds, 0)
-        need_finite("attention.backward_share", self.backward_share, 1e-6, 1)
+        need_finite("efficiency", self.efficiency, 1e-6, 1)
+        need_finite("half_length", self.half_length, 0)
+        need_finite("launch_seconds", self.launch_seconds, 0)
+        need_finite("backward_share", self.backward_share, 1e-6, 1)
 
 
 class Interference(Record, frozen=True, kw_only=True):
@@ -86,9 +95,9 @@ class Interference(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         count = len(ACTIVITIES)
         if len(self.rates) != 1 << count or any(len(row) != count for row in self.rates):
-            raise ClusterError(f"interference.rates is no table of {1 << count} masks by {count} activities")
+            raise ClusterError(f"rates is no table of {1 << count} masks by {count} activities")
         if not all(0 < rate <= 1 for row in self.rates for rate in row):
-            raise ClusterError("interference.rates holds a number that is not above 0 and at most 1")
+            raise ClusterError("rates holds a number that is not above 0 and at most 1")
 
 
 class ProgramFit(Record, frozen=True, kw_only=True):
@@ -103,8 +112,8 @@ class ProgramFit(Record, frozen=True, kw_only=True):
     slowdown: Quantity
 
     def __post_init__(self) -> None:
-        need_not_negative("programs.fixed_seconds", self.fixed_seconds)
-        need_positive("programs.slowdown", self.slowdown)
+        need_not_negative("fixed_seconds", self.fixed_seconds)
+        need_positive("slowdown", self.slowdown)
 
 
 def need_finite(name: str, number: float, least: float, most: float = float("inf")) -> None:
@@ -119,6 +128,7 @@ class Device(Record, frozen=True, kw_only=True):
     ``flops_per_second`` holds the peak for each dtype (``bf16``, ``f16``, ``f32``, ...); ``matmul_efficiency`` is what
     large matmuls achieve of it. ``memory_bytes_per_second`` is what memory-bound kernels achieve, reads and writes
     together. ``launch_seconds`` is paid by each kernel, ``dispatch_seconds`` by each call of a compiled program.
+    ``sheet_memory_bytes_per_second`` is the data sheet's bandwidth of memory, which no fit may exceed by a fifth;
     ``programs`` says by phase of a step (``PHASES``) what whole programs take beside their kernels.
     """
 
@@ -133,6 +143,7 @@ class Device(Record, frozen=True, kw_only=True):
     attention: AttentionFit | None = None
     interference: Interference | None = None
     programs: dict[str, ProgramFit] = msgspec.field(default_factory=dict)
+    sheet_memory_bytes_per_second: Quantity | None = None
 
     def __post_init__(self) -> None:
         for phase in self.programs:
@@ -152,9 +163,14 @@ class Device(Record, frozen=True, kw_only=True):
                 "a fraction of the peak, at most 1, is needed"
             )
         need_positive("memory_bytes_per_second", self.memory_bytes_per_second)
+        sheet = self.sheet_memory_bytes_per_second
+        if sheet is not None:
+            need_positive("sheet_memory_bytes_per_second", sheet)
+        need_within_sheet("memory_bytes_per_second.value", self.memory_bytes_per_second.value, sheet)
         need_not_negative("launch_seconds", self.launch_seconds)
         need_not_negative("dispatch_seconds", self.dispatch_seconds)
-        for dtype in self.matmul:
+        for dtype, fit in self.matmul.items():
+            need_within_sheet(f"matmul.{dtype}.memory_bytes_per_second", fit.memory_bytes_per_second, sheet)
             if dtype not in self.flops_per_second:
                 raise ClusterError(f"matmul.{dtype} is a fit to a dtype that flops_per_second does not list")
 

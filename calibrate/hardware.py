@@ -19,12 +19,13 @@ import msgspec
 
 from meshwright.calibrate.device import AttentionFit, Device, Interference, MatmulFit, ProgramFit
 from meshwright.calibrate.link import COLLECTIVE_KINDS, CollectiveFit, Link, Piece
-from meshwright.calibrate.quantity import Quantity, Record, short_dtype
+from meshwright.calibrate.quantity import Price, Quantity, Record, short_dtype
 from meshwright.calibrate.schema import convert, read_json
 from meshwright.errors import ClusterError
 
 FORMAT = "meshwright-cluster"
-VERSION = 1
+VERSION = 1  # of what is written
+OLDEST = 1  # that is read
 MOST_DEVICES = 2**18  # each has its links in the simulator; the largest training runs have had a tenth of that
 MACHINES = Path(__file__).parent / "machines"
 
@@ -39,6 +40,7 @@ __all__ = [
     "Link",
     "MatmulFit",
     "Piece",
+    "Price",
     "ProgramFit",
     "Quantity",
     "cluster_from_data",
@@ -59,7 +61,8 @@ class Host(Record, frozen=True, kw_only=True):
     ``busy_slowdowns`` the same with 2, 3, ... ``devices`` busy, where each was measured.
 
     ``nics`` network cards carry what the devices send to other hosts, each its part of the network's
-    ``host_bytes_per_second``; ``pcie`` is the way between one device and the host's memory.
+    ``host_bytes_per_second``; ``pcie`` is the way between one device and the host's memory. ``price_per_hour`` is what
+    renting the whole host costs, where a price is known.
     """
 
     device: Device
@@ -71,6 +74,7 @@ class Host(Record, frozen=True, kw_only=True):
     busy_slowdowns: tuple[Quantity, ...] = ()
     nics: int = 1
     pcie: Link | None = None
+    price_per_hour: Price | None = None
 
     def __post_init__(self) -> None:
         for name, count in (("devices", self.devices), ("cores", self.cores), ("nics", self.nics)):
@@ -176,6 +180,12 @@ class Cluster(Record, frozen=True, kw_only=True, dict=True):
         return sum(host.devices * host.device.peak_flops(dtype) for host in self.hosts)
 
     @property
+    def usd_per_hour(self) -> float | None:
+        """What all hosts together cost an hour; none where the price of one is not known."""
+        prices = [host.price_per_hour.usd for host in self.hosts if host.price_per_hour is not None]
+        return sum(prices) if len(prices) == len(self.hosts) else None
+
+    @property
     def devices_per_host(self) -> int:
         """Devices on every host; where hosts differ, the smallest number, which a box of devices finds everywhere."""
         return min(host.devices for host in self.hosts)
@@ -247,8 +257,7 @@ def cluster_from_data(data: object, where: str = "cluster") -> Cluster:
     """Check plain JSON data and make the cluster; ``where`` (a file's name) begins each error's line."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ClusterError(f'{where}: format is not "{FORMAT}"; a machine file begins with it')
-    if data.get("version") != VERSION:
-        raise ClusterError(f"{where}: version is {data.get('version')!r}; this Meshwright reads version {VERSION}")
+    _need_version(data.get("version"), where)
     try:
         file = convert(data, ClusterFile)
         hosts = tuple(_one_host(group) for group in file.hosts for _ in range(group.count))
@@ -262,6 +271,18 @@ def cluster_from_data(data: object, where: str = "cluster") -> Cluster:
         )
     except ClusterError as error:
         raise ClusterError(f"{where}: {error}") from None
+
+
+def _need_version(version: object, where: str) -> None:
+    if type(version) is not int:
+        raise ClusterError(f"{where}: version is {version!r}; a whole number is needed, now {VERSION}")
+    if version < OLDEST:
+        wrong, remedy = f"older than {OLDEST}, the first", "run `meshwright calibrate` to make a new file"
+    elif version > VERSION:
+        wrong, remedy = f"newer than {VERSION}, the last", "update Meshwright, or calibrate anew with this one"
+    else:
+        return
+    raise ClusterError(f"{where}: version is {version}, {wrong} that this Meshwright reads; {remedy}")
 
 
 def load_cluster(path: str | os.PathLike[str]) -> Cluster:

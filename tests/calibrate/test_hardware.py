@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from meshwright.calibrate.hardware import (
     COLLECTIVE_KINDS,
+    CollectiveFit,
+    Quantity,
     cluster_from_data,
     cluster_to_data,
     load_cluster,
@@ -67,7 +69,7 @@ def test_a_count_is_of_hosts_and_for_shared_cores_of_devices(spec: str, hosts: i
     [
         ("dgxa100:2", "did you mean 'dgx-a100'"),
         ("dgx-a100:1000000000", "more than 262,144 devices"),
-        ("abacus", "shipped are cpu, dgx-a100, dgx-h100, dgx-h200, h100, p3.16xlarge"),
+        ("abacus", "shipped are cpu, dgx-a100, dgx-a100-25gbe, dgx-a100-40gb"),
         ("", "shipped are"),
         ("cpu:0", "use a whole number, as in cpu:2"),
         ("cpu:-1", "use a whole number"),
@@ -133,8 +135,48 @@ def test_a_wrong_spec_is_one_line_that_says_what_to_use(spec: str, says: str) ->
         ("inter_host", None, "inter_host: expected `object`, got `null`"),
         ("colour", "red", "the file has the unknown field `colour`"),
         ("format", "yaml", 'format is not "meshwright-cluster"'),
-        ("version", 2, "version is 2; this Meshwright reads version 1"),
-        ("version", None, "version is None; this Meshwright reads version 1"),
+        ("version", 2, "version is 2, newer than 1, the last that this Meshwright reads; update Meshwright"),
+        ("version", 0, "version is 0, older than 1, the first that this Meshwright reads; run `meshwright calibrate`"),
+        ("version", None, "version is None; a whole number is needed, now 1"),
+        ("version", "1", "version is '1'; a whole number is needed, now 1"),
+        ("hosts.0.device.matmul.bf16.efficiency.256x128", 1.2, "hosts[0].device.matmul.bf16.efficiency.256x128"),
+        (
+            "hosts.0.device.memory_bytes_per_second.value",
+            2.6e12,
+            "hosts[0].device.memory_bytes_per_second.value is 2.6e+12, 28% above the 2.039e+12 of the data",
+        ),
+        (
+            "hosts.0.device.matmul.bf16.memory_bytes_per_second",
+            2.6e12,
+            "hosts[0].device.matmul.bf16.memory_bytes_per_second is 2.6e+12, 28% above the 2.039e+12 of the data sheet",
+        ),
+        ("hosts.0.device.sheet_memory_bytes_per_second.value", 0, "hosts[0].device.sheet_memory_bytes_per_second"),
+        (
+            "hosts.0.link.bytes_per_second",
+            {"value": 6e11, "source": "GB taken for Gbit"},
+            "hosts[0].link.bytes_per_second.value is 6e+11, 100% above the 3e+11 of the data sheet; check the unit",
+        ),
+        (
+            "hosts.0.link.collectives.all_reduce.2.bytes_per_second.value",
+            1e12,
+            "hosts[0].link.collectives.all_reduce (bus bandwidth of 8 ranks) is 1.75e+12, 483% above the 3e+11 of",
+        ),
+        (
+            "hosts.0.link.sheet_bytes_per_second.value",
+            -1,
+            "hosts[0].link.sheet_bytes_per_second.value is -1; a positive",
+        ),
+        ("hosts.0.price_per_hour", {"usd": 0, "date": "2026-11-09", "source": "x"}, "hosts[0].price_per_hour.usd is 0"),
+        (
+            "hosts.0.price_per_hour",
+            {"usd": 32, "date": "last week", "source": "x"},
+            "hosts[0].price_per_hour.date is 'last week'; write it as 2026-11-09",
+        ),
+        (
+            "hosts.0.price_per_hour",
+            {"usd": 32, "date": "2026-11-09", "source": ""},
+            "hosts[0].price_per_hour.source is",
+        ),
     ],
 )
 def test_a_damaged_file_is_one_line_that_names_the_place(tmp_path: Path, path: str, value: object, says: str) -> None:
@@ -247,6 +289,20 @@ def test_every_shipped_collective_grows_with_its_message(machine: str) -> None:
     for kind in COLLECTIVE_KINDS:
         for fit in parse_cluster(machine).hosts[0].link.collectives.get(kind, ()):
             assert fit.seconds(1 << 30) > fit.seconds(1 << 10) > 0
+
+
+def test_the_price_of_a_cluster_is_that_of_its_hosts_and_unknown_where_one_is() -> None:
+    assert parse_cluster("p4d.24xlarge:4").usd_per_hour == pytest.approx(4 * 21.957642)
+    assert parse_cluster("dgx-a100:4").usd_per_hour is None
+    assert parse_cluster("p4d.24xlarge:1+dgx-a100:1").usd_per_hour is None
+
+
+def test_the_bus_bandwidth_of_a_ring_is_what_each_device_sends() -> None:
+    """8 devices, 2 * 7/8 of the array each in an all-reduce, 7/8 in a gather, 7/64 in an all-to-all."""
+    rate = Quantity(8e9, "made")
+    fit = CollectiveFit(ranks=8, latency_seconds=Quantity(0, "made"), bytes_per_second=rate)
+    found = [fit.bus_bytes_per_second(kind) for kind in ("all_reduce", "all_gather", "all_to_all", "permute")]
+    assert found == [14e9, 7e9, 0.875e9, 1e9]
 
 
 def test_reading_a_cluster_needs_neither_jax_nor_mpi_nor_scipy() -> None:
