@@ -39,9 +39,8 @@ class MatmulFit(Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.compute_units < 1 or not self.efficiency:
-            raise ClusterError(
-                f"compute_units is {self.compute_units} with {len(self.efficiency)} tiles in efficiency; both need at least 1"
-            )
+            tiles = len(self.efficiency)
+            raise ClusterError(f"compute_units is {self.compute_units}, with {tiles} tiles in efficiency; each needs 1")
         for tile, share in self.efficiency.items():
             sides = tile.split("x")
             if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):

@@ -39,7 +39,8 @@ def with_fit(**changes: Any) -> Device:
         "launch_seconds": 0.0,
         "sharpness": 2.0,
     }
-    return msgspec.structs.replace(PLAIN, matmul={"bf16": MatmulFit(**numbers | changes)})
+    fit = MatmulFit(**numbers | changes)
+    return msgspec.structs.replace(PLAIN, matmul={"bf16": fit}, sheet_memory_bytes_per_second=None)
 
 
 WAVE_SECONDS = 2 * 128 * 128 * 1024 / (PEAK / 10)  # one tile's inner loop of 1024 on one of 10 units
@@ -175,11 +176,11 @@ def test_interference_is_measured_for_the_v100_alone() -> None:
     ("changes", "message"),
     [
         ({"compute_units": 0}, "compute_units"),
-        ({"efficiency": {}}, "at least one tile"),
+        ({"efficiency": {}}, "0 tiles"),
         ({"efficiency": {"128": 0.5}}, "is no tile"),
         ({"efficiency": {"128x128": 1.5}}, "a fraction of the peak"),
-        ({"last_wave": 2.0}, "matmul.last_wave is 2"),
-        ({"memory_bytes_per_second": float("nan")}, "matmul.memory_bytes_per_second is nan"),
+        ({"last_wave": 2.0}, "last_wave is 2"),
+        ({"memory_bytes_per_second": float("nan")}, "memory_bytes_per_second is nan"),
     ],
 )
 def test_an_impossible_fit_is_refused(changes: dict[str, Any], message: str) -> None:
