@@ -30,7 +30,7 @@ MACHINES = (
     Machine(r"H100-96GB.*", "dgx-h100", 400e9, "H100 of 96 GB and 500 W as one of 80 GB and 700 W"),
     Machine(r"(DGX-)?H100\b.*", "dgx-h100", 400e9),
     Machine(r"(DGX-)?H200\b.*", "dgx-h200", 400e9),
-    Machine(r"GH(200)?(-.*)?", "dgx-h100", 400e9, "GH200 as an H100"),
+    Machine(r"GH(200)?(-.*)?", "gh200", 200e9),
     Machine(r"V100\b.*", "p3.16xlarge", 25e9),
 )
 NETWORK = re.compile(r"(?:(\d+)\s*x\s*)?[A-Za-z-]*\s*(\d{2,4})\s*(?:Gb\S*)?.*?(?:/|per )\s*(node|gpu)", re.IGNORECASE)
