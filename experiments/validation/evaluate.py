@@ -133,7 +133,7 @@ def fitted(source: Source) -> Source:
     for result in source.results:
         case = result.case
         found = fits.get((case.system, case.stack.name))
-        constants = usual_constants() if found is None else found.constants
+        constants = usual_constants(case.stack.name) if found is None else found.constants
         again.append(
             replace(predict_case(replace(case, stack=with_constants(case.stack, constants))), half=result.half)
         )

@@ -106,9 +106,11 @@ class Prices:
 
 
 def message_factor(stack: Stack, cluster: Cluster, devices: Sequence[int]) -> float:
-    """How much longer messages among devices take in a training step: inside one host, or over the network."""
+    """How much longer messages among devices take in a training step: inside one host, over the network, or both."""
     hosts = {cluster.host_of(device) for device in devices} if len(cluster.hosts) > 1 else {0}
-    return stack.communication_factor if len(hosts) == 1 else stack.network_factor
+    if len(hosts) == 1:
+        return stack.communication_factor
+    return stack.mixed_factor if len(hosts) < len(devices) else stack.network_factor
 
 
 def hosts_of(cluster: Cluster, group: range) -> tuple[Cluster, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from meshwright.errors import ModelError
 
 SHIPPED = Path(__file__).with_name("stacks.json")
 FORMAT, VERSION = "meshwright-stacks", 1
-FACTORS = ("kernel_factor", "communication_factor", "network_factor")
+FACTORS = ("kernel_factor", "communication_factor", "network_factor", "mixed_factor")
 CONSTANTS = (*FACTORS, "operation_seconds", "overhead_bytes")
 
 
@@ -27,9 +27,11 @@ class Stack:
     """A framework's habits and constants.
 
     ``operation_seconds`` of its host precede each kernel and ``program_seconds`` each instruction of the pipeline
-    (None: the device's ``dispatch_seconds``); hosts run ahead of devices. ``kernel_factor``, ``communication_factor``
-    (inside a host) and ``network_factor`` (between hosts) are how much longer kernels and messages take in a training
-    step than in the benchmarks of the machine file: clocks sink under a power limit, ranks wait for each other.
+    (None: the device's ``dispatch_seconds``); hosts run ahead of devices. The factors are how much longer something
+    takes in a training step than in the benchmarks of the machine file (clocks sink under a power limit, ranks wait
+    for each other): ``kernel_factor`` kernels, ``communication_factor`` messages inside a host, ``network_factor``
+    messages among devices of different hosts, ``mixed_factor`` collectives among several devices of each of several
+    hosts, whose rings may use one network card where benchmarks use all.
     ``overhead_bytes`` of each device are held beside tensors: the driver's context, communicators, an allocator's rest.
 
     ``fused_pointwise``: bias, dropout and residual are one kernel, bias and activation another, rotary embedding of
@@ -52,6 +54,7 @@ class Stack:
     kernel_factor: float = 1.0
     communication_factor: float = 1.0
     network_factor: float = 1.0
+    mixed_factor: float = 1.0
     overhead_bytes: float = 0.0
     fused_pointwise: bool = True
     fused_softmax: bool = True
@@ -100,6 +103,7 @@ class Constants(Record, frozen=True, kw_only=True):
     kernel_factor: Quantity | None = None
     communication_factor: Quantity | None = None
     network_factor: Quantity | None = None
+    mixed_factor: Quantity | None = None
     operation_seconds: Quantity | None = None
     overhead_bytes: Quantity | None = None
 

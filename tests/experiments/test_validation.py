@@ -45,7 +45,8 @@ ROW = {
     "status": "ok",
     "notes": "",
 }
-KEYS = {"source", "rows", "refused", "mape_percent", "bias_percent", "spearman", "regret_percent"}
+SCORES = {"mape_percent", "bias_percent", "spearman", "regret_percent", "memory_mape_percent"}
+KEYS = {"source", "rows", "refused", "held_out"} | SCORES
 
 
 def text(*rows: dict[str, str]) -> str:
@@ -236,9 +237,9 @@ def test_json_is_one_object_with_null_where_nothing_is_defined(
     assert (some["source"], some["rows"], some["refused"]) == ("some paper", 1, 0)
     assert some["mape_percent"] > 0
     assert (some["spearman"], some["regret_percent"]) == (None, None)
-    assert none == {"source": "other paper", "rows": 0, "refused": 1} | dict.fromkeys(
-        KEYS - {"source", "rows", "refused"}
-    )
+    nothing = dict.fromkeys(SCORES)
+    assert none == {"source": "other paper", "rows": 0, "refused": 1, **nothing, "held_out": {"rows": 0, **nothing}}
+    assert some["held_out"] == {"rows": 1} | {name: some[name] for name in SCORES}
 
 
 def test_a_table_a_page_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
