@@ -130,13 +130,13 @@ def head_pieces(local: Local) -> tuple[Piece, ...]:
 
 def _loss(local: Local) -> Piece:
     """Softmax cross-entropy in f32; apart, as Megatron-LM's ``mpu/cross_entropy.py`` has it, five kernels."""
-    sizes = {"tokens": local.tokens, "vocabulary": local.vocabulary, "dtype": "f32"}
-    forward: tuple[Kernel, ...] = (CrossEntropy(**sizes),)
+    fused = CrossEntropy(tokens=local.tokens, vocabulary=local.vocabulary, dtype="f32")
+    forward: tuple[Kernel, ...] = (fused,)
     if not local.stack.fused_loss:
         once = 4.0 * local.tokens * local.vocabulary
         passes = (1, 2, 2, 1, 2)  # maximum, difference, exponential, sum, quotient: each reads, some write
         forward = tuple(Pointwise(bytes=times * once) for times in passes)
-    return Piece("loss", forward, (CrossEntropy(**sizes, backward=True),))
+    return Piece("loss", forward, (replace(fused, backward=True),))
 
 
 def _pointwise(name: str, bytes: float, backward_bytes: float | None = None, *, core: bool = False) -> Piece:
