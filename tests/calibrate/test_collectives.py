@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.fit_links import aiconfigurator_curves, entries, network_shares
+from experiments.fit_links import entries, network_shares
+from experiments.link_tables import aiconfigurator_curves, sailor_curves
 from meshwright.calibrate.collectives import fit_pieces, held_out_error, spread, wire_share
 from meshwright.calibrate.hardware import parse_cluster
 from meshwright.simulate.flows import collective_time
@@ -79,9 +80,25 @@ def test_the_switch_is_seen_on_eight_h100_alone() -> None:
 
 @needs_data
 def test_the_network_shares_are_what_the_tables_give() -> None:
-    for machine, nominal in (("dgx-a100", 25e9), ("dgx-h100", 50e9)):
+    shares = network_shares(DATA)
+    for machine, device, nominal in (
+        ("selene", "A100", 25e9),
+        ("p4d.24xlarge", "A100", 12.5e9),
+        ("gh200-ndr", "H100", 50e9),
+    ):
         shipped = parse_cluster(machine).inter_host.bytes_per_second.value
-        assert shipped == pytest.approx(nominal * network_shares(DATA)[machine].value, rel=1e-3)
+        assert shipped == pytest.approx(nominal * shares[device].value, rel=1e-3)
+
+
+@needs_data
+def test_what_layers_say_of_all_reduces_is_within_what_the_cables_carry() -> None:
+    """GH200 over NVLink: 6 links to each of three others; RTX 2080 Ti: through the host over PCIe 3."""
+    curves = {(curve.system, curve.ranks): curve for curve in sailor_curves(DATA)}
+    for system, most_bytes_per_second in (("GH-96", 450e9), ("RTX-2080", 15.75e9), ("Titan-RTX", 15.75e9)):
+        curve = curves[system, 4]
+        bus = 1.5 * curve.message_bytes / curve.seconds
+        assert bus.max() < most_bytes_per_second
+        assert bus.max() > 0.2 * most_bytes_per_second
 
 
 def test_all_reduces_over_two_p5_hosts_are_met_without_having_been_fitted() -> None:
