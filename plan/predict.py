@@ -63,22 +63,30 @@ def costs_of(cluster: Cluster, stages: tuple[PlannedStage, ...], transfers: tupl
     """What planned stages and the transfers between them cost, as the simulator wants it."""
     net = network(cluster)
     return PipelineCosts(
-        stages=tuple(
-            StageCosts(
-                devices=stage.devices,
-                forward_seconds=stage.forward_seconds,
-                backward_seconds=stage.backward_seconds,
-                reduce_seconds=stage.reduce_seconds,
-                update_seconds=stage.update_seconds + stage.dispatch_seconds,
-                static_bytes=stage.static_bytes,
-                saved_bytes=stage.saved_bytes,
-                transient_bytes=stage.transient_bytes,
-            )
-            for stage in stages
-        ),
+        stages=tuple(_stage_costs(stage, cluster) for stage in stages),
         transfers={(t.source, t.target, t.what): _over_links(t, stages, net) for t in transfers},
         cores=core_sharing(cluster),
         link_bytes_per_second=tuple(link.bytes_per_second for link in net.links),
+    )
+
+
+def _stage_costs(stage: PlannedStage, cluster: Cluster) -> StageCosts:
+    """A stage as if it had its host's cores to itself.
+
+    Its collectives were measured with all its ranks busy, so what these lose to each other is in their seconds already;
+    the simulator, which slows all that a stage does while ranks share cores, must not add it again.
+    """
+    host = cluster.hosts[cluster.host_of(stage.devices[0])]
+    together = host.slowdown(min(len(stage.devices), host.devices))
+    return StageCosts(
+        devices=stage.devices,
+        forward_seconds=stage.forward_seconds - (1 - 1 / together) * stage.forward_communication_seconds,
+        backward_seconds=stage.backward_seconds - (1 - 1 / together) * stage.backward_communication_seconds,
+        reduce_seconds=stage.reduce_seconds / together,
+        update_seconds=stage.update_seconds + stage.dispatch_seconds,
+        static_bytes=stage.static_bytes,
+        saved_bytes=stage.saved_bytes,
+        transient_bytes=stage.transient_bytes,
     )
 
 
