@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from meshwright.calibrate.hardware import Cluster
+from meshwright.calibrate.uncertainty import Interval, shipped_intervals
 from meshwright.plan.planfile import Plan, PlannedStage, Predicted, Transfer, load_plan, public_json
 from meshwright.simulate.build import build_program
 from meshwright.simulate.flows import transfer_flow
@@ -111,18 +112,30 @@ def _submesh(stage: PlannedStage) -> SubMesh:
 
 
 def judge(
-    timeline: Timeline, cluster: Cluster, samples: int, tokens: int, model_flops: float, dtype: str = "f32"
+    timeline: Timeline,
+    cluster: Cluster,
+    samples: int,
+    tokens: int,
+    model_flops: float,
+    dtype: str = "f32",
+    interval: Interval | None = None,
 ) -> Predicted:
-    """The numbers people ask for. ``model_flops`` counts the whole iteration."""
+    """The numbers people ask for.
+
+    Args:
+        model_flops: of the whole iteration.
+        interval: of measured over predicted seconds, before what the machine file leaves open; by default, that of the
+            planner's own plans (see ``usual_interval``).
+    """
     seconds = timeline.makespan_seconds
     devices = cluster.devices
     peak = max(timeline.peak_bytes)
     rate = model_flops / seconds / devices
-    low, high = _relative_error(cluster)
+    around = step_interval(cluster, interval or usual_interval(cluster))
     return Predicted(
         iteration_seconds=seconds,
-        iteration_seconds_low=seconds * low,
-        iteration_seconds_high=seconds * high,
+        iteration_seconds_low=seconds * around.low,
+        iteration_seconds_high=seconds * around.high,
         tokens_per_second=samples * tokens / seconds,
         model_flops_per_second_per_device=rate,
         mfu=model_flops / seconds / cluster.peak_flops(dtype),
@@ -142,12 +155,20 @@ def _fits(timeline: Timeline, cluster: Cluster) -> bool:
     )
 
 
-def _relative_error(cluster: Cluster) -> tuple[float, float]:
-    """The range that the efficiency of a matmul, the largest single term, leaves to the step time."""
-    quantity = cluster.device(0).matmul_efficiency
-    fast = quantity.high if quantity.high is not None else quantity.value
-    slow = quantity.low if quantity.low is not None else quantity.value
-    return quantity.value / fast, quantity.value / slow
+def usual_interval(cluster: Cluster) -> Interval:
+    """How far a measured step is from its prediction: less far where whole programs were measured on every device."""
+    known = shipped_intervals()
+    return known.calibrated if all(host.device.programs for host in cluster.hosts) else known.elsewhere
+
+
+def step_interval(cluster: Cluster, system: Interval) -> Interval:
+    """The interval of a system, widened by the range that the efficiency of a matmul, the largest term, has.
+
+    Of unlike devices, each may be the one that the others wait for: the widest range counts.
+    """
+    ranges = [system.widened(rate) for rate in {host.device.matmul_efficiency for host in cluster.hosts}]
+    low, high = min(each.low for each in ranges), max(each.high for each in ranges)
+    return msgspec.structs.replace(system, low=low, high=high)
 
 
 def predict(plan: Plan) -> Prediction:

@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="MODEL: the grid, as in tensor=8, pipeline=8, microbatch-size=1, schedule=interleaved:4, remat=full",
     )
-    parser.add_argument("--stack", default="compiled", metavar="NAME", help="MODEL: the software (default: compiled)")
+    parser.add_argument(
+        "--stack",
+        default="compiled",
+        metavar="NAME[@SYSTEM]",
+        help="MODEL: the software, and where its constants were measured (default: compiled, nowhere)",
+    )
     parser.add_argument("--flops", choices=("own", "megatron"), default="own", help="MODEL: also FLOP/s by a formula")
     parser.add_argument("--ignore-memory", action="store_true", help="MODEL: answer even if it does not fit")
     parser.add_argument("--schedule", metavar="NAME", help=f"a bare schedule: one of {', '.join(SCHEDULES)}")

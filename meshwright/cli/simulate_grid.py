@@ -10,14 +10,15 @@ from typing import Any, get_type_hints
 import msgspec
 
 from meshwright.calibrate.hardware import Cluster, parse_cluster
+from meshwright.calibrate.uncertainty import COVERAGE, Interval, find_interval
 from meshwright.errors import ModelError, PlanError
-from meshwright.plan.predict import judge
+from meshwright.plan.predict import judge, step_interval
 from meshwright.simulate.memory import need_fit
 from meshwright.simulate.metrics import explain
 from meshwright.simulate.schedules.table import find_schedule
 from meshwright.simulate.workload.grid import Grid, stage_layers
 from meshwright.simulate.workload.predict import GridPrediction, predict_grid
-from meshwright.simulate.workload.stack import find_stack
+from meshwright.simulate.workload.stack import Stack, find_stack, shipped_stacks
 from meshwright.simulate.workload.transformer import Transformer, megatron_flops
 
 FAMILIES = ("gpt", "transformer")
@@ -34,11 +35,25 @@ def predict(args: argparse.Namespace) -> GridPrediction:
     """
     cluster = parse_cluster(args.cluster)
     model = parse_transformer(args.plan)
-    prediction = predict_grid(model, cluster, parse_grid(args.fix, args.batch, cluster), find_stack(args.stack))
+    prediction = predict_grid(model, cluster, parse_grid(args.fix, args.batch, cluster), parse_stack(args.stack))
     if not args.ignore_memory:
         devices = [cluster.device(devices[0]) for devices in prediction.timeline.mesh_devices]
         need_fit(prediction.timeline, [device.memory_bytes.value for device in devices])
     return prediction
+
+
+def parse_stack(text: str) -> Stack:
+    """``NAME``, or ``NAME@SYSTEM`` for the constants of a system that the stack was measured on.
+
+    Raises:
+        ModelError: the stack or the system is unknown; the message lists those that are known.
+    """
+    name, at, system = text.partition("@")
+    stack = find_stack(name, system or None)
+    if at and system not in (known := shipped_stacks()[name].systems):
+        systems = "; ".join(known) or "none"
+        raise ModelError(f"stack {name!r} was not measured on {system!r}; known are {systems}")
+    return stack
 
 
 def parse_transformer(spec: str) -> Transformer:
@@ -162,7 +177,9 @@ def to_json(prediction: GridPrediction, args: argparse.Namespace) -> dict[str, A
     """The interface's object for ``simulate``."""
     model, grid, timeline = prediction.model, prediction.grid, prediction.timeline
     flops = model.step_flops(grid.batch)
-    predicted = judge(timeline, prediction.cluster, grid.batch, model.sequence, flops, model.matmuls_in)
+    predicted = judge(
+        timeline, prediction.cluster, grid.batch, model.sequence, flops, model.matmuls_in, _system_interval(args)
+    )
     layers = stage_layers(model, grid)
     answer: dict[str, Any] = {
         "model": args.plan,
@@ -196,6 +213,11 @@ def to_json(prediction: GridPrediction, args: argparse.Namespace) -> dict[str, A
     return answer
 
 
+def _system_interval(args: argparse.Namespace) -> Interval:
+    name, _, system = args.stack.partition("@")
+    return find_interval(name, system or None)
+
+
 def describe(prediction: GridPrediction, args: argparse.Namespace) -> str:
     """The same for a person."""
     grid, timeline = prediction.grid, prediction.timeline
@@ -203,11 +225,14 @@ def describe(prediction: GridPrediction, args: argparse.Namespace) -> str:
     shape = " × ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "one device"
     what = f"{args.plan} on {args.cluster}: {shape}, {grid.schedule}"
     speed = f"step time    {prediction.iteration_seconds:.4g} s   {prediction.tokens_per_second:,.0f} tokens/s"
+    around = step_interval(prediction.cluster, _system_interval(args))
+    low, high = (prediction.iteration_seconds * end for end in (around.low, around.high))
     exposed = f"communication exposed for {prediction.exposed_communication_seconds:.3g} s"
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in prediction.peak_parts)
     lines = [
         f"{what}, {grid.microbatches} micro-batches of {grid.microbatch_size}",
         f"{speed}   MFU {prediction.mfu:.1%}   HFU {prediction.hfu:.1%}",
+        f"{COVERAGE:.0%} range    {low:.4g} to {high:.4g} s ({around.source})",
         f"bubble       {timeline.bubble_fraction:.1%} of all device time; {exposed}",
         f"peak memory  {prediction.peak_bytes / 1e9:.1f} GB on the fullest device: {parts}",
     ]
