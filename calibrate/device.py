@@ -24,7 +24,9 @@ class MatmulFit(Record, frozen=True, kw_only=True):
 
     ``efficiency`` is the share of the peak that a tile of so many rows and columns reaches (``"256x128"``, either way
     round); each tile also pays ``overhead_k`` steps of its inner loop. A last wave of tiles that does not fill all
-    ``compute_units`` takes at least ``last_wave`` of a whole one. ``sharpness`` is the power p of
+    ``compute_units`` takes at least ``last_wave`` of a whole one. Where few tiles have a long inner loop, that loop may be
+    cut into one of ``splits`` parts (split-K), whose partial sums move ``split_bytes`` for each part and element of the
+    result. ``sharpness`` is the power p of
     ``(arithmetic^p + memory^p)^(1/p)``, so that near the ridge both count.
     """
 
@@ -36,6 +38,8 @@ class MatmulFit(Record, frozen=True, kw_only=True):
     memory_bytes_per_second: float
     launch_seconds: float
     sharpness: float
+    splits: tuple[int, ...] = (1,)
+    split_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         if self.compute_units < 1 or not self.efficiency:
@@ -52,6 +56,9 @@ class MatmulFit(Record, frozen=True, kw_only=True):
         need_finite("memory_bytes_per_second", self.memory_bytes_per_second, 1)
         need_finite("launch_seconds", self.launch_seconds, 0)
         need_finite("sharpness", self.sharpness, 1)
+        need_finite("split_bytes", self.split_bytes, 0)
+        if 1 not in self.splits or min(self.splits) < 1:
+            raise ClusterError(f"splits are {self.splits}; numbers of parts are needed, and 1 among them")
 
     @property
     def tiles(self) -> tuple[tuple[int, int, float], ...]:
@@ -104,15 +111,19 @@ class ProgramFit(Record, frozen=True, kw_only=True):
 
     ``seconds = dispatch_seconds + fixed_seconds + slowdown * priced``: the executor's work for one instruction, and
     what kernels lose in a program (inputs that the last kernel left elsewhere in memory, layouts that the compiler
-    changes between them).
+    changes between them). ``temporaries`` is how many times as many bytes a program needs while it runs as live at once
+    by the planner's count, one operation after the other: compilers run several at once and reuse memory less.
     """
 
     fixed_seconds: Quantity
     slowdown: Quantity
+    temporaries: Quantity | None = None
 
     def __post_init__(self) -> None:
         need_not_negative("fixed_seconds", self.fixed_seconds)
         need_positive("slowdown", self.slowdown)
+        if self.temporaries is not None:
+            need_positive("temporaries", self.temporaries)
 
 
 def need_finite(name: str, number: float, least: float, most: float = float("inf")) -> None:
@@ -185,6 +196,11 @@ class Device(Record, frozen=True, kw_only=True):
     def program_seconds(self, phase: str) -> float:
         """What an instruction of this phase costs beside its kernels and its dispatch; 0 where it was not measured."""
         return self.programs[phase].fixed_seconds.value if phase in self.programs else 0.0
+
+    def program_temporaries(self, phase: str) -> float:
+        """What a program of this phase needs while it runs, over what the planner counts; 1 where not measured."""
+        found = self.programs[phase].temporaries if phase in self.programs else None
+        return 1.0 if found is None else found.value
 
     def peak_flops(self, dtype: str) -> float:
         """Peak FLOP/s for a dtype, ``bf16`` or NumPy's ``bfloat16`` alike; an unlisted dtype runs at the f32 rate."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 import numpy as np
+from msgspec.structs import asdict, replace
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
@@ -201,5 +202,5 @@ def _elements(shape: Floats) -> Floats:
 
 def _rounded(fit: MatmulFit, source: str) -> MatmulFit:
     rounded = {tile: float(f"{share:.4g}") for tile, share in fit.efficiency.items()}
-    numbers = {name: float(f"{getattr(fit, name):.4g}") for name in MatmulFit.__struct_fields__[3:]}
-    return MatmulFit(source=source, compute_units=fit.compute_units, efficiency=rounded, **numbers)
+    numbers = {name: float(f"{value:.4g}") for name, value in asdict(fit).items() if isinstance(value, float)}
+    return replace(fit, source=source, efficiency=rounded, **numbers)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import asdict, replace
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, minimize
 
@@ -20,6 +21,7 @@ Bools = NDArray[np.bool_]
 
 TILES = ("256x128", "128x128", "128x64", "64x64")  # what libraries choose among, from wide to narrow
 MOST_POINTS = 3000  # of a table enter a fit; more change nothing but its duration
+SPLITS = (1, 2, 3, 4, 6, 8)  # parts of the inner loop that are tried
 ROUNDS = 3  # of the simplex, each from where the one before ended
 LEAST_RATE = 0.02  # of an activity beside others
 
@@ -100,6 +102,8 @@ def fit_matmul(
             memory_bytes_per_second=float(np.exp(x[6])),
             last_wave=float(1 / (1 + np.exp(-x[7]))),
             sharpness=float(1 + np.exp(x[8])),
+            splits=SPLITS,
+            split_bytes=float(np.exp(x[9])),
         )
 
     def seconds(fit: MatmulFit, of: Matmuls) -> Floats:
@@ -113,7 +117,7 @@ def fit_matmul(
 
     efficiencies = [np.log(-np.log(share)) for share in (0.85, 0.8, 0.7, 0.6)]
     starts = [
-        np.array([*efficiencies, np.log(k0), np.log(4e-6), np.log(2e12), wave, 0.5])
+        np.array([*efficiencies, np.log(k0), np.log(4e-6), np.log(2e12), wave, 0.5, 1.0])
         for wave in (-2.0, 0.0, 3.0)
         for k0 in (30.0, 150.0)
     ]
@@ -122,10 +126,8 @@ def fit_matmul(
     held = table.at(table.training & ~fitted)
     error = relative_error(seconds(fit, held), held.seconds)
     rounded = {tile: round(share, 4) for tile, share in fit.efficiency.items()}
-    numbers = {name: float(f"{getattr(fit, name):.4g}") for name in MatmulFit.__struct_fields__[3:]}
-    return MatmulFit(
-        source=f"{source}; held-out {error}", compute_units=compute_units, efficiency=rounded, **numbers
-    ), error
+    numbers = {name: float(f"{value:.4g}") for name, value in asdict(fit).items() if isinstance(value, float)}
+    return replace(fit, source=f"{source}; held-out {error}", efficiency=rounded, **numbers), error
 
 
 def fit_attention(
@@ -157,6 +159,12 @@ def fit_attention(
         backward_share=backward_share,
     )
     return fit, error
+
+
+def attention_seconds(fit: AttentionFit, keys: Floats, flops: Floats, peak_flops_per_second: float) -> Floats:
+    """The fit's times of fused forwards that are bound by arithmetic."""
+    rate = peak_flops_per_second * fit.efficiency * keys / (keys + fit.half_length)
+    return np.asarray(fit.launch_seconds + flops / rate)
 
 
 def fit_interference(alone_seconds: Floats, together_seconds: Floats, source: str) -> tuple[Interference, Error]:

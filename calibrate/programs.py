@@ -50,11 +50,16 @@ REFERENCES = (
 
 
 class Step(msgspec.Struct, frozen=True):
-    """Seconds of each phase of one reference: as priced, and as measured at the speed that was priced."""
+    """Seconds of each phase of one reference: as priced, and as measured at the speed that was priced.
+
+    Also what its backward needs while it runs: alive at once by the planner's count, and as the compiler says.
+    """
 
     model: str
     priced_seconds: dict[str, float]
     measured_seconds: dict[str, float]
+    counted_bytes: float
+    temporary_bytes: float
 
 
 def measure_reference(cluster: Cluster, reference: Reference) -> Step:
@@ -83,7 +88,7 @@ def measure_reference(cluster: Cluster, reference: Reference) -> Step:
     rng = np.random.default_rng(0)
     matmul = matmul_call(REFERENCE_SIZE, FLOAT32)
     trainer.runtime.clock = time.process_time
-    zeros = trainer.runtime.programs[0].zeros
+    programs = trainer.runtime.programs[0]
     names = {"Forward": FORWARD, "Backward": BACKWARD, "Reduce": ONCE, "Update": ONCE}
     times: dict[str, list[float]] = {FORWARD: [], BACKWARD: [], ONCE: []}
     matmuls: list[float] = []
@@ -91,7 +96,7 @@ def measure_reference(cluster: Cluster, reference: Reference) -> Step:
         batch = jax.tree.map(lambda shape: rng.integers(0, 2, shape.shape).astype(shape.dtype), shapes)
         matmuls += cpu_seconds(matmul, MATMULS)
         state, _ = trainer.step(state, batch, measure=True)
-        cleared = cpu_seconds(lambda: jax.block_until_ready(zeros()), 1)
+        cleared = cpu_seconds(lambda: jax.block_until_ready(programs.zeros()), 1)
         if number >= WARM_STEPS:
             sums = dict.fromkeys(times, 0.0)
             for event in trainer.timeline.events:
@@ -108,6 +113,8 @@ def measure_reference(cluster: Cluster, reference: Reference) -> Step:
             ONCE: stage.update_seconds,
         },
         measured_seconds={phase: speed * median(seconds) for phase, seconds in times.items()},
+        counted_bytes=stage.transient_bytes,
+        temporary_bytes=programs.backward_temp_bytes,
     )
 
 
@@ -144,9 +151,20 @@ def fit_phases(steps: Sequence[Step], dispatch_seconds: float, measured: str) ->
             f"{measured}, {phase} of {len(known)} models against the sum of their kernels",
         )
         fits[phase] = ProgramFit(
-            fixed_seconds=_less(fit.fixed_seconds, dispatch_seconds), slowdown=_inverse(fit.amount_per_second)
+            fixed_seconds=_less(fit.fixed_seconds, dispatch_seconds),
+            slowdown=_inverse(fit.amount_per_second),
+            temporaries=fit_temporaries(known, measured) if phase == BACKWARD else None,
         )
     return fits
+
+
+def fit_temporaries(steps: Sequence[Step], measured: str) -> Quantity | None:
+    """Bytes that backwards need while they run over those that the planner counts: the median, and the extremes."""
+    ratios = [step.temporary_bytes / step.counted_bytes for step in steps if step.counted_bytes and step.temporary_bytes]
+    if not ratios:
+        return None
+    source = f"{measured}, temporaries of {len(ratios)} backwards as compiled against what is live at once"
+    return Quantity(median(ratios), source, min(ratios), max(ratios))
 
 
 def _less(quantity: Quantity, seconds: float) -> Quantity:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from meshwright.calibrate.uncertainty import shipped_intervals
 from meshwright.cli.main import main
 
 GPT = ["simulate", "gpt-2.6b", "--cluster", "dgx-a100:2", "--batch", "256"]
@@ -73,6 +74,7 @@ def test_samples_with_a_seed_give_the_same_answer(capsys: pytest.CaptureFixture[
 def test_no_jax_is_imported() -> None:
     code = f"""
 import sys
+from meshwright.calibrate.uncertainty import shipped_intervals
 from meshwright.cli.main import main
 assert main({[*GPT, *GRID]!r}) == 0
 assert not {{"jax", "mpi4py"}} & set(sys.modules), "imported"
@@ -115,3 +117,34 @@ def test_wrong_input_ends_with_one_line_that_says_what_to_change(
     assert out == ""
     assert message in err
     assert err.strip().count("\n") == 0
+
+
+def test_the_range_is_that_of_systems_that_nobody_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    predicted = answer(capsys, *GPT, *GRID)["predicted"]
+    wide = shipped_intervals().elsewhere
+    assert predicted["iteration_seconds_low"] / predicted["iteration_seconds"] == pytest.approx(wide.low, rel=0.01)
+    assert predicted["iteration_seconds_high"] / predicted["iteration_seconds"] == pytest.approx(wide.high, rel=0.01)
+
+
+def test_a_system_that_was_measured_brings_its_constants_and_its_range(capsys: pytest.CaptureFixture[str]) -> None:
+    system = "zero_bubble: A100-SXM"
+    predicted = answer(capsys, *GPT, *GRID, "--stack", f"megatron-core@{system}")["predicted"]
+    mine = shipped_intervals().systems["megatron-core"][system]
+    assert predicted["iteration_seconds_high"] / predicted["iteration_seconds"] == pytest.approx(mine.high, rel=0.01)
+    usual = answer(capsys, *GPT, *GRID, "--stack", "megatron-core")["predicted"]
+    assert usual["iteration_seconds"] != predicted["iteration_seconds"]
+
+
+def test_the_table_says_where_the_range_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*GPT, *GRID]) == 0
+    out, _ = capsys.readouterr()
+    assert "80% range" in out
+    assert shipped_intervals().elsewhere.source in out
+
+
+def test_an_unknown_system_is_answered_with_those_that_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*GPT, *GRID, "--stack", "megatron-core@a garage"]) == 1
+    _, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert "not measured on 'a garage'; known are" in err
+    assert "zero_bubble: A100-SXM" in err
