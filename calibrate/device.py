@@ -202,6 +202,11 @@ class Device(Record, frozen=True, kw_only=True):
         found = self.programs[phase].temporaries if phase in self.programs else None
         return 1.0 if found is None else found.value
 
+    def program_temporaries(self, phase: str) -> float:
+        """What a program of this phase needs while it runs, over what the planner counts; 1 where not measured."""
+        found = self.programs[phase].temporaries if phase in self.programs else None
+        return 1.0 if found is None else found.value
+
     def peak_flops(self, dtype: str) -> float:
         """Peak FLOP/s for a dtype, ``bf16`` or NumPy's ``bfloat16`` alike; an unlisted dtype runs at the f32 rate."""
         key = short_dtype(dtype)

@@ -40,12 +40,14 @@ class Reference(msgspec.Struct, frozen=True):
     batch: int
 
 
-# Little work and much, long and short sequences, wide and narrow heads.
+# Little work and much, one layer and several, long and short sequences, wide and narrow heads.
 REFERENCES = (
     Reference("gpt:layers=1,hidden=32,heads=2,seq=16,vocab=64", 2),
     Reference("gpt:layers=1,hidden=192,heads=3,seq=96,vocab=256", 8),
     Reference("gpt:layers=1,hidden=320,heads=10,seq=192,vocab=512", 4),
     Reference("gpt:layers=1,hidden=384,heads=6,seq=64,vocab=1024", 16),
+    Reference("gpt:layers=3,hidden=128,heads=4,seq=64,vocab=256", 8),
+    Reference("gpt:layers=6,hidden=192,heads=6,seq=32,vocab=512", 16),
 )
 
 
@@ -160,7 +162,9 @@ def fit_phases(steps: Sequence[Step], dispatch_seconds: float, measured: str) ->
 
 def fit_temporaries(steps: Sequence[Step], measured: str) -> Quantity | None:
     """Bytes that backwards need while they run over those that the planner counts: the median, and the extremes."""
-    ratios = [step.temporary_bytes / step.counted_bytes for step in steps if step.counted_bytes and step.temporary_bytes]
+    ratios = [
+        step.temporary_bytes / step.counted_bytes for step in steps if step.counted_bytes and step.temporary_bytes
+    ]
     if not ratios:
         return None
     source = f"{measured}, temporaries of {len(ratios)} backwards as compiled against what is live at once"

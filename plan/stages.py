@@ -258,7 +258,8 @@ class _Chain:
     def of(table: LayerTable, remat: bool) -> "_Chain":
         entry_bytes = _entry_bytes(table)[:, None] + np.zeros_like(table.objective)
         saved = entry_bytes if remat else table.costs[SAVED]
-        transient = table.transient_bytes + (table.costs[SAVED] if remat else 0.0)
+        live = table.space.mesh.device.program_temporaries("backward") * table.transient_bytes
+        transient = live + (table.costs[SAVED] if remat else 0.0)
         return _Chain(table.objective, table.costs, saved, transient)
 
     def then(self, layer: "_Chain") -> "_Chain":

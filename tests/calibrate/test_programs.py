@@ -46,7 +46,8 @@ def tiny_plan(cluster: Cluster) -> Plan:
 def test_a_straight_line_of_priced_seconds_is_found_again() -> None:
     def step(scale: float) -> Step:
         priced = dict.fromkeys(PHASES, 1e-3 * scale)
-        return Step("gpt", priced, {phase: DISPATCH_SECONDS + 4e-4 + 1.2 * each for phase, each in priced.items()})
+        measured = {phase: DISPATCH_SECONDS + 4e-4 + 1.2 * each for phase, each in priced.items()}
+        return Step("gpt", priced, measured, counted_bytes=1e6, temporary_bytes=1e6 * (1 + scale))
 
     fits = fit_phases([step(scale) for scale in (0.1, 1.0, 10.0, 40.0)], DISPATCH_SECONDS, "measured")
     assert set(fits) == set(PHASES)
@@ -54,11 +55,19 @@ def test_a_straight_line_of_priced_seconds_is_found_again() -> None:
         assert found.fixed_seconds.value == pytest.approx(4e-4, rel=1e-3)
         assert found.slowdown.value == pytest.approx(1.2, rel=1e-3)
         assert "over 4 points" in found.slowdown.source
+    temporaries = fits["backward"].temporaries
+    assert temporaries is not None
+    assert (temporaries.low, temporaries.value, temporaries.high) == pytest.approx((1.1, 6.5, 41.0))
+    assert fits["forward"].temporaries is fits["once"].temporaries is None
 
 
 def test_a_phase_that_took_no_time_has_no_fit() -> None:
-    steps = [Step("gpt", dict.fromkeys(PHASES, x), {"forward": x, "backward": x, "once": 0.0}) for x in (1.0, 2.0)]
-    assert set(fit_phases(steps, 0.0, "measured")) == {"forward", "backward"}
+    steps = [
+        Step("gpt", dict.fromkeys(PHASES, x), {"forward": x, "backward": x, "once": 0.0}, 0.0, 0.0) for x in (1.0, 2.0)
+    ]
+    fits = fit_phases(steps, 0.0, "measured")
+    assert set(fits) == {"forward", "backward"}
+    assert fits["backward"].temporaries is None
 
 
 def test_programs_scale_the_compute_of_a_planned_stage_and_nothing_else() -> None:
@@ -70,6 +79,15 @@ def test_programs_scale_the_compute_of_a_planned_stage_and_nothing_else() -> Non
     assert stage.update_seconds == pytest.approx(1e-4 + 3.0 * plain.update_seconds)
     assert stage.peak_memory_bytes == plain.peak_memory_bytes
     assert stage.dispatch_seconds == plain.dispatch_seconds
+
+
+def test_temporaries_of_a_compiler_scale_what_a_stage_needs_while_it_runs_and_nothing_else() -> None:
+    (plain,) = tiny_plan(cpu()).stages
+    backward = msgspec.structs.replace(fit(0.0, 1.0), temporaries=Quantity(2.5, "test"))
+    (stage,) = tiny_plan(cpu(backward=backward)).stages
+    assert plain.transient_bytes > 0
+    assert stage.transient_bytes == pytest.approx(2.5 * plain.transient_bytes)
+    assert (stage.static_bytes, stage.saved_bytes) == (plain.static_bytes, plain.saved_bytes)
 
 
 def test_a_machine_file_keeps_programs(tmp_path: object) -> None:
