@@ -24,9 +24,9 @@ class MatmulFit(Record, frozen=True, kw_only=True):
 
     ``efficiency`` is the share of the peak that a tile of so many rows and columns reaches (``"256x128"``, either way
     round); each tile also pays ``overhead_k`` steps of its inner loop. A last wave of tiles that does not fill all
-    ``compute_units`` takes at least ``last_wave`` of a whole one. Where few tiles have a long inner loop, that loop may be
-    cut into one of ``splits`` parts (split-K), whose partial sums move ``split_bytes`` for each part and element of the
-    result. ``sharpness`` is the power p of
+    ``compute_units`` takes at least ``last_wave`` of a whole one. Where few tiles have a long inner loop, that loop may
+    be cut into one of ``splits`` parts (split-K), whose partial sums move ``split_bytes`` for each part and element of
+    the result. ``sharpness`` is the power p of
     ``(arithmetic^p + memory^p)^(1/p)``, so that near the ridge both count.
     """
 
@@ -196,11 +196,6 @@ class Device(Record, frozen=True, kw_only=True):
     def program_seconds(self, phase: str) -> float:
         """What an instruction of this phase costs beside its kernels and its dispatch; 0 where it was not measured."""
         return self.programs[phase].fixed_seconds.value if phase in self.programs else 0.0
-
-    def program_temporaries(self, phase: str) -> float:
-        """What a program of this phase needs while it runs, over what the planner counts; 1 where not measured."""
-        found = self.programs[phase].temporaries if phase in self.programs else None
-        return 1.0 if found is None else found.value
 
     def program_temporaries(self, phase: str) -> float:
         """What a program of this phase needs while it runs, over what the planner counts; 1 where not measured."""

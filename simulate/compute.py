@@ -58,6 +58,7 @@ def op_seconds_array(
 
 
 DTYPE_BYTES = {"f64": 8, "f32": 4, "tf32": 4, "bf16": 2, "f16": 2, "s8": 1, "f8": 1}
+BLOCK = 256  # matmuls that are priced at a time: with all tiles they fit into a cache
 SCORE_PASSES = 4  # of an unfused softmax: scores written, read, probabilities written, read
 
 
@@ -128,21 +129,34 @@ def tiled_seconds(
     """Times of many matmuls by tiles and waves: the best tile for each, beside its memory traffic.
 
     A matrix is cut into tiles, which the compute units take in waves, each as long as one tile's inner loop; a last
-    wave that is not full is quicker, but not in proportion. Source: NVIDIA, Matrix Multiplication Background User's
-    Guide, 2023, sections on tile and wave quantization; the fitted form is ours.
+    wave that is not full is quicker, but not in proportion. Few tiles fill the units if each is cut along its inner
+    loop, for the price of adding the parts. Source: NVIDIA, Matrix Multiplication Background User's Guide, 2023,
+    sections on tile and wave quantization and on split-K; the fitted form is ours.
     """
-    units = fit.compute_units
-    arithmetic = np.full(np.shape(m), np.inf)
-    for rows, columns, efficiency in fit.tiles:
-        waves = batch * np.ceil(m / rows) * np.ceil(n / columns) / units
-        full = np.floor(waves)
-        rest = waves - full
-        waves = full + np.where(rest > 1e-9, fit.last_wave + (1 - fit.last_wave) * rest, 0.0)
-        unit_flops_per_second = peak_flops_per_second * efficiency / units
-        arithmetic = np.minimum(arithmetic, waves * 2 * rows * columns * (k + fit.overhead_k) / unit_flops_per_second)
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(m), BLOCK)]
+    arithmetic = np.concatenate(
+        [_tile_seconds(fit, m[block], n[block], k[block], batch[block], peak_flops_per_second) for block in blocks]
+    )
     memory = element_bytes * batch * (m * k + k * n + m * n) / fit.memory_bytes_per_second
     both: Floats = (arithmetic**fit.sharpness + memory**fit.sharpness) ** (1 / fit.sharpness)
     return fit.launch_seconds + both
+
+
+def _tile_seconds(
+    fit: MatmulFit, m: Floats, n: Floats, k: Floats, batch: Floats, peak_flops_per_second: float
+) -> Floats:
+    """Arithmetic by the best tile and number of parts of its inner loop, for each matmul."""
+    ways = [(*tile, parts) for tile in fit.tiles for parts in fit.splits]
+    rows, columns, efficiency, parts = np.array(ways, dtype=float).T[:, :, None]
+    waves = batch * np.ceil(m / rows) * np.ceil(n / columns) * parts / fit.compute_units
+    full = np.floor(waves)
+    rest = waves - full
+    waves = full + np.where(rest > 1e-9, fit.last_wave + (1 - fit.last_wave) * rest, 0.0)
+    unit_flops_per_second = peak_flops_per_second * efficiency / fit.compute_units
+    loops = waves * 2 * rows * columns * (k / parts + fit.overhead_k) / unit_flops_per_second
+    added_bytes = np.where(parts > 1, fit.split_bytes * parts, 0.0) * batch * m * n
+    least: Floats = (loops + added_bytes / fit.memory_bytes_per_second).min(axis=0)
+    return least
 
 
 def _fused_attention_seconds(device: Device, kernel: Attention) -> float:

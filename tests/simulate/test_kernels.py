@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from meshwright.calibrate.device import AttentionFit, Interference, MatmulFit
 from meshwright.calibrate.hardware import Device, parse_cluster
 from meshwright.errors import ClusterError
-from meshwright.simulate.compute import interference_rates, kernel_seconds, matmul_seconds, op_seconds
+from meshwright.simulate.compute import interference_rates, kernel_seconds, matmul_seconds, op_seconds, tiled_seconds
 from meshwright.simulate.operations import (
     Attention,
     Convolution,
@@ -57,6 +57,25 @@ def test_tiles_come_in_whole_waves(m: int, n: int, waves: int) -> None:
 def test_a_last_wave_may_be_quicker_than_a_whole_one() -> None:
     """11 tiles on 10 units: the second wave has a tenth of its tiles and takes 0.4 + 0.6 · 0.1 of a whole one."""
     assert matmul_seconds(with_fit(last_wave=0.4), 1281, 128, 1024, "bf16") == pytest.approx(1.46 * WAVE_SECONDS)
+
+
+@pytest.mark.parametrize(("parts", "moved"), [(1, 0.0), (2, 0.0), (4, 0.0), (2, 6.0), (8, 6.0)])
+def test_one_tile_with_a_long_inner_loop_is_cut_among_the_units(parts: int, moved: float) -> None:
+    """A single tile on 10 units: p units take a p-th of the loop each, and then the partial sums move."""
+    device = with_fit(splits=(1, parts), split_bytes=moved, memory_bytes_per_second=1e13, sharpness=40.0)
+    cut = WAVE_SECONDS / parts + (moved * parts * 128 * 128 / 1e13 if parts > 1 else 0.0)
+    assert matmul_seconds(device, 128, 128, 1024, "bf16") == pytest.approx(min(WAVE_SECONDS, cut), rel=1e-3)
+
+
+def test_matmuls_priced_together_cost_what_each_costs_alone() -> None:
+    """Also across the blocks in which they are priced."""
+    rng = np.random.default_rng(0)
+    shape = rng.integers(1, 5000, (3, 600)).astype(float)
+    fit = A100.matmul_fit("bf16")
+    assert fit is not None
+    together = tiled_seconds(fit, *shape, np.ones(600), A100.peak_flops("bf16"), 2)
+    alone = [matmul_seconds(A100, *map(int, one), "bf16") for one in shape.T]
+    assert together == pytest.approx(alone)
 
 
 def test_each_tile_pays_its_overhead_and_each_kernel_its_launch() -> None:
@@ -180,6 +199,8 @@ def test_interference_is_measured_for_the_v100_alone() -> None:
         ({"efficiency": {"128": 0.5}}, "is no tile"),
         ({"efficiency": {"128x128": 1.5}}, "a fraction of the peak"),
         ({"last_wave": 2.0}, "last_wave is 2"),
+        ({"splits": (2, 4)}, "and 1 among them"),
+        ({"split_bytes": -1.0}, "split_bytes is -1"),
         ({"memory_bytes_per_second": float("nan")}, "memory_bytes_per_second is nan"),
     ],
 )
