@@ -5,9 +5,9 @@ software, how busy the network is), so the range of a step comes from steps that
 holds what such steps say, each interval with its source; ``experiments.fit_intervals`` writes it.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from functools import cache
-from itertools import pairwise
 from math import exp, hypot, isfinite, log
 from pathlib import Path
 
@@ -86,8 +86,8 @@ def conformal_interval(
         log_ratios: logarithm of measured over predicted seconds of each row, of rows that the prediction has not seen.
         groups: of each row; exchangeable with the new one.
         pools: of each row; where given, they are what is exchangeable: they weigh alike, and groups within each.
-    Source: split conformal prediction with two-layer hierarchies: Dunn, Wasserman and Ramdas, J. Am. Stat. Assoc. 118
-    (2023) 2491-2502, section 3 (CDF pooling); Papadopoulos et al., ECML 2002.
+    Source: Lee, Barber and Willett, "Distribution-free inference with hierarchical data", arXiv:2306.06342, after Dunn,
+    Wasserman and Ramdas, arXiv:1809.07441. That the range always holds 1, the prediction itself, is ours.
     """
     ratios = np.asarray(log_ratios, np.float64)
     count = len(set(pools or groups))
@@ -106,18 +106,9 @@ def conformal_interval(
 def _masses(groups: Sequence[Hashable], pools: Sequence[Hashable] | None) -> Floats:
     """The weight of each row; all of them together weigh 1."""
     keys = list(zip(pools or [None] * len(groups), groups, strict=True))
-    levels = [[key[:depth] for key in keys] for depth in range(2)] + [keys]
-    mass = np.ones(len(keys))
-    for above, below in pairwise(levels):
-        inside: dict[Hashable, set[Hashable]] = {}
-        for outer, inner in zip(above, below, strict=True):
-            inside.setdefault(outer, set()).add(inner)
-        mass /= [len(inside[outer]) for outer in above]
-    rows: dict[Hashable, int] = {}
-    for key in keys:
-        rows[key] = rows.get(key, 0) + 1
-    mass /= [rows[key] for key in keys]
-    return mass
+    rows = Counter(keys)
+    inside = Counter(pool for pool, _ in rows)
+    return np.array([1.0 / (len(inside) * inside[pool] * rows[pool, group]) for pool, group in keys])
 
 
 def _quantile(values: Floats, masses: Floats, share: float) -> float:

@@ -4,9 +4,10 @@
 
 Of each FILE (read as ``experiments.validation`` reads it) the fit halves of seed 0, to which the shipped constants were
 fitted, give the interval of each system and software stack; sources left out whole give the one for systems that
-nobody measured. The table shows which part of the rows held out lies inside. ``--refit`` does all of that again for
-other seeds, with constants fitted anew (minutes each). ``--closed-loop`` names answers of ``experiments.closed_loop
---json``, from which the interval of calibrated machines comes. ``--write`` puts the intervals into their file.
+nobody measured. The table shows which part of the rows held out lies inside. ``--refit`` shows it for other seeds too,
+with constants fitted anew (minutes each). ``--closed-loop`` names answers of ``experiments.closed_loop --json``, from
+which the interval of calibrated machines comes; without, it is that of all systems pooled. ``--write`` puts the
+intervals into their file.
 """
 
 import argparse

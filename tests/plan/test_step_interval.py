@@ -41,6 +41,6 @@ def test_the_worst_known_device_decides() -> None:
 
 
 def test_equal_devices_without_ranges_leave_the_interval_as_it_is() -> None:
-    cluster = parse_cluster("g5.48xlarge:1")
+    cluster = changed(parse_cluster("dgx-a100:1"), 0, matmul_efficiency=Quantity(0.8, "a test"))
     found = step_interval(cluster, SYSTEM)
     assert (found.low, found.high) == pytest.approx((SYSTEM.low, SYSTEM.high))
