@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from meshwright.errors import ScheduleError
+from meshwright.errors import MeshwrightError, ScheduleError
 from meshwright.simulate.bare import StageTimes, bare_code, equal_costs, program_costs
 from meshwright.simulate.code import Code, decode
 from meshwright.simulate.compiled import Compiled
@@ -87,10 +87,11 @@ def run(args: argparse.Namespace) -> int:
             return _wrong(f"a plan or a model brings its own schedule; leave out {mixed}")
         if args.cluster is not None and args.batch is not None:
             return run_model(args)
-        mixed = _given(args, of_model)
-        return (
-            _wrong(f"a model needs --cluster and --batch; {mixed} alone says too little") if mixed else run_plan(args)
-        )
+        if mixed := _given(args, of_model):
+            return _wrong(f"a model needs --cluster and --batch; {mixed} alone says too little")
+        if _is_model(args.plan):
+            return _wrong(f"{args.plan} is no file but a model; give --cluster and --batch too")
+        return run_plan(args)
     if mixed := _given(args, of_model):
         return _wrong(f"{mixed} belong to a MODEL; give one")
     if args.program is not None:
@@ -100,6 +101,19 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         return _wrong(f"give a PLAN or a --program, or for a bare schedule also {', '.join(missing)}")
     return run_schedule(args)
+
+
+def _is_model(text: str) -> bool:
+    """Whether what stands in a plan's place is the name of a model."""
+    from meshwright.cli.simulate_grid import parse_transformer
+
+    if Path(text).exists():
+        return False
+    try:
+        parse_transformer(text)
+    except MeshwrightError:
+        return False
+    return True
 
 
 def run_plan(args: argparse.Namespace) -> int:

@@ -62,6 +62,7 @@ def test_trace_and_picture_are_written(capsys: pytest.CaptureFixture[str], tmp_p
         ([], 2, "give a PLAN or a --program, or for a bare schedule also --schedule, --stages, --microbatches"),
         (["--schedule", "1f1b"], 2, "also --stages, --microbatches"),
         (["plan.json", "--schedule", "1f1b"], 2, "leave out --schedule"),
+        (["gpt-2.6b"], 2, "gpt-2.6b is no file but a model; give --cluster and --batch too"),
         ([*BARE[1:], "--times", "F=1,Q=2"], 2, "'Q=2' is not one of F=, I=, W="),
         ([*BARE[1:], "--times", "F=-1"], 2, "'-1' is negative"),
         ([*BARE[1:], "--hop", "nan"], 2, "negative or not finite"),
