@@ -26,7 +26,8 @@ class MatmulFit(Record, frozen=True, kw_only=True):
     round); each tile also pays ``overhead_k`` steps of its inner loop. A last wave of tiles that does not fill all
     ``compute_units`` takes at least ``last_wave`` of a whole one. Where few tiles have a long inner loop, that loop may
     be cut into one of ``splits`` parts (split-K), whose partial sums move ``split_bytes`` for each part and element of
-    the result. ``sharpness`` is the power p of
+    the result. Arithmetic that lasts long draws so much power that clocks fall: it takes up to ``throttle`` more, half of
+    that at ``throttle_seconds``. ``sharpness`` is the power p of
     ``(arithmetic^p + memory^p)^(1/p)``, so that near the ridge both count.
     """
 
@@ -40,6 +41,8 @@ class MatmulFit(Record, frozen=True, kw_only=True):
     sharpness: float
     splits: tuple[int, ...] = (1,)
     split_bytes: float = 0.0
+    throttle: float = 0.0
+    throttle_seconds: float = 1e-3
 
     def __post_init__(self) -> None:
         if self.compute_units < 1 or not self.efficiency:
@@ -57,6 +60,8 @@ class MatmulFit(Record, frozen=True, kw_only=True):
         need_finite("launch_seconds", self.launch_seconds, 0)
         need_finite("sharpness", self.sharpness, 1)
         need_finite("split_bytes", self.split_bytes, 0)
+        need_finite("throttle", self.throttle, 0)
+        need_finite("throttle_seconds", self.throttle_seconds, 1e-9)
         if 1 not in self.splits or min(self.splits) < 1:
             raise ClusterError(f"splits are {self.splits}; numbers of parts are needed, and 1 among them")
 

@@ -105,6 +105,8 @@ def fit_matmul(
             sharpness=float(1 + np.exp(x[8])),
             splits=SPLITS,
             split_bytes=float(np.exp(x[9])),
+            throttle=float(np.exp(x[10])),
+            throttle_seconds=float(np.exp(x[11])),
         )
 
     def seconds(fit: MatmulFit, of: Matmuls) -> Floats:
@@ -118,7 +120,7 @@ def fit_matmul(
 
     efficiencies = [np.log(-np.log(share)) for share in (0.85, 0.8, 0.7, 0.6)]
     starts = [
-        np.array([*efficiencies, np.log(k0), np.log(4e-6), np.log(2e12), wave, 0.5, 1.0])
+        np.array([*efficiencies, np.log(k0), np.log(4e-6), np.log(2e12), wave, 0.5, 1.0, np.log(0.05), np.log(1e-3)])
         for wave in (-2.0, 0.0)
         for k0 in (30.0, 150.0)
     ]
@@ -131,41 +133,73 @@ def fit_matmul(
     return replace(fit, source=f"{source}; held-out {error}", efficiency=rounded, **numbers), error
 
 
-def fit_attention(
-    keys: Floats, flops: Floats, seconds: Floats, peak_flops_per_second: float, source: str, backward_share: float
-) -> tuple[AttentionFit, Error]:
-    """Fit a rate that rises with the sequence to half of a table of fused forwards; the other half judges it."""
-    fitted = np.arange(len(keys)) % 2 == 0
+@dataclass(frozen=True, slots=True, eq=False)
+class Forwards:
+    """Measured fused attention forwards of one device, in seconds.
 
-    def model(x: Floats, of: Bools) -> Floats:
-        efficiency, half, launch = np.exp(x)
-        rate = peak_flops_per_second * efficiency * keys[of] / (keys[of] + half)
-        found: Floats = launch + flops[of] / rate
-        return found
+    ``moved_bytes`` are queries, keys, values and results once; ``cached_bytes`` keys and values, which kernels of a
+    server also copy into a cache.
+    """
+
+    keys: Floats
+    flops: Floats
+    moved_bytes: Floats
+    cached_bytes: Floats
+    seconds: Floats
+
+    def at(self, chosen: Bools) -> "Forwards":
+        """Some of them."""
+        fields = (self.keys, self.flops, self.moved_bytes, self.cached_bytes, self.seconds)
+        return Forwards(*(field[chosen] for field in fields))
+
+
+def attention_seconds(
+    fit: AttentionFit, of: Forwards, peak_flops_per_second: float, memory_bytes_per_second: float, cache_passes: float
+) -> Floats:
+    """The fit's times: arithmetic or traffic, whichever is longer, and the copy into a cache."""
+    rate = peak_flops_per_second * fit.efficiency * of.keys / (of.keys + fit.half_length)
+    moved = of.moved_bytes / memory_bytes_per_second
+    cached = cache_passes * of.cached_bytes / memory_bytes_per_second
+    return np.asarray(fit.launch_seconds + np.maximum(of.flops / rate, moved) + cached)
+
+
+def fit_attention(
+    table: Forwards, peak_flops_per_second: float, memory_bytes_per_second: float, source: str, backward_share: float
+) -> tuple[AttentionFit, float, Error]:
+    """Fit a rate that rises with the sequence to half of a table of fused forwards; the other half judges it.
+
+    Returns the fit, how many times keys and values moved for a cache, which is no part of training and so not of the
+    fit, and the error with the cache.
+    """
+    fitted = np.arange(len(table.keys)) % 2 == 0
+
+    def fit_of(x: Floats) -> AttentionFit:
+        efficiency, half_length, launch_seconds = np.exp(x[:3]).tolist()
+        return AttentionFit(
+            source=source,
+            efficiency=efficiency,
+            half_length=half_length,
+            launch_seconds=launch_seconds,
+            backward_share=backward_share,
+        )
+
+    def model(x: Floats, of: Forwards) -> Floats:
+        return attention_seconds(fit_of(x), of, peak_flops_per_second, memory_bytes_per_second, float(np.exp(x[3])))
+
+    seen, held = table.at(fitted), table.at(~fitted)
 
     def residual(x: Floats) -> Floats:
-        difference: Floats = np.log(model(x, fitted) / seconds[fitted])
+        difference: Floats = np.log(model(x, seen) / seen.seconds)
         return difference
 
-    low, high = np.log([1e-3, 1e-3, 1e-7]), np.log([1.0, 1e5, 1e-3])
-    start = np.log([0.6, 300.0, 8e-6])
+    low, high = np.log([1e-3, 1e-3, 1e-7, 1e-3]), np.log([1.0, 1e5, 1e-3, 20.0])
+    start = np.log([0.6, 300.0, 8e-6, 1.0])
     found = least_squares(residual, start, bounds=(low, high), loss="soft_l1", f_scale=0.1).x
-    error = relative_error(model(found, ~fitted), seconds[~fitted])
-    efficiency, half, launch = (float(f"{number:.4g}") for number in np.exp(found))
-    fit = AttentionFit(
-        source=f"{source}; held-out {error}",
-        efficiency=efficiency,
-        half_length=half,
-        launch_seconds=launch,
-        backward_share=backward_share,
-    )
-    return fit, error
-
-
-def attention_seconds(fit: AttentionFit, keys: Floats, flops: Floats, peak_flops_per_second: float) -> Floats:
-    """The fit's times of fused forwards that are bound by arithmetic."""
-    rate = peak_flops_per_second * fit.efficiency * keys / (keys + fit.half_length)
-    return np.asarray(fit.launch_seconds + flops / rate)
+    error = relative_error(model(found, held), held.seconds)
+    passes = float(np.exp(found[3]))
+    text = f"{source}; {passes:.1f} passes over keys and values for a cache taken off; held-out {error}"
+    rounded = {name: float(f"{value:.4g}") for name, value in asdict(fit_of(found)).items() if name != "source"}
+    return replace(fit_of(found), source=text, **rounded), passes, error
 
 
 def fit_interference(alone_seconds: Floats, together_seconds: Floats, source: str) -> tuple[Interference, Error]:
@@ -222,7 +256,7 @@ def _simplex(loss: Callable[[Floats], float], start: Floats) -> tuple[Floats, fl
     x, value = start, loss(start)
     for _ in range(ROUNDS):
         simplex = np.vstack([x, x + 0.3 * np.eye(len(x))])
-        options = {"maxfev": 900, "adaptive": True, "initial_simplex": simplex}
+        options = {"maxfev": 1200, "adaptive": True, "initial_simplex": simplex}
         found = minimize(loss, x, method="Nelder-Mead", options=options)
         x, value = found.x, float(found.fun)
     return x, value

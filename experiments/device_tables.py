@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from meshwright.calibrate.device import ACTIVITIES
-from meshwright.calibrate.kernels import Matmuls
+from meshwright.calibrate.kernels import Forwards, Matmuls
 from meshwright.simulate.compute import SCORE_PASSES
 
 LEAST_ATTENTION = 2**18  # queries × heads from which a forward fills the device
@@ -28,8 +28,8 @@ def read_matmuls(data: Path, name: str) -> Matmuls:
     return Matmuls(m, n, k, milliseconds / 1e3)
 
 
-def read_attention(data: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keys, FLOPs and seconds of causal fused forwards that fill the device, with heads of 128."""
+def read_attention(data: Path, name: str) -> Forwards:
+    """Causal fused forwards that fill the device, with heads of 128, in 16-bit floats."""
     table = [
         row
         for row in read(data / "kernels" / f"attention_fwd_{name}_sxm.csv.gz")
@@ -37,9 +37,14 @@ def read_attention(data: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.nd
         and row["kernel_source"] in ("flash_attention", "fa3")
         and int(row["batch_size"]) * int(row["isl"]) * int(row["num_heads"]) >= LEAST_ATTENTION
     ]
-    keys = np.array([float(row["isl"]) for row in table])
-    seconds = np.array([float(row["latency_ms"]) for row in table]) / 1e3
-    return keys, np.array([float(row["causal_tflops"]) for row in table]) * 1e12 * seconds, seconds
+    keys, batch, heads, kv_heads, milliseconds, teraflops = (
+        np.array([float(row[column]) for row in table])
+        for column in ("isl", "batch_size", "num_heads", "num_key_value_heads", "latency_ms", "causal_tflops")
+    )
+    queries_bytes, keys_bytes = (2 * 128 * batch * keys * count for count in (heads, kv_heads))
+    seconds = milliseconds / 1e3
+    moved = 2 * (queries_bytes + keys_bytes)
+    return Forwards(keys, teraflops * 1e12 * seconds, moved, 2 * keys_bytes, seconds)
 
 
 def read_overlap(data: Path, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -137,12 +137,12 @@ def fit_table(data: Path, table: Table, results: Results) -> None:
     held = matmuls.at(matmuls.training & ~halves(matmuls.n, matmuls.k))
     model = tiled_seconds(matmul, held.m, held.n, held.k, np.ones(len(held.m)), peak, 2)
     results.add(f"{device.name}: bf16 matmul, training shapes held out", held.seconds, model)
-    keys, flops, seconds = read_attention(data, table.name)
+    forwards, memory = read_attention(data, table.name), device.memory_bytes_per_second.value
     source = f"{AICONFIGURATOR}, {device.name}, causal forwards of head size 128; {BACKWARD_SOURCE}"
-    attention, _ = fit_attention(keys, flops, seconds, peak, source, round(FA2_BACKWARD, 4))
-    model = attention_seconds(attention, keys, flops, peak)
-    other = np.arange(len(keys)) % 2 == 1
-    results.add(f"{device.name}: fused attention forward, held out", seconds[other], model[other])
+    attention, passes, _ = fit_attention(forwards, peak, memory, source, round(FA2_BACKWARD, 4))
+    other = forwards.at(np.arange(len(forwards.keys)) % 2 == 1)
+    model = attention_seconds(attention, other, peak, memory, passes)
+    results.add(f"{device.name}: fused attention forward, held out", other.seconds, model)
     for machine in table.machines:
         results.changes[machine] |= {"matmul": {"bf16": matmul}, "attention": attention}
 

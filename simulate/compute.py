@@ -137,6 +137,7 @@ def tiled_seconds(
     arithmetic = np.concatenate(
         [_tile_seconds(fit, m[block], n[block], k[block], batch[block], peak_flops_per_second) for block in blocks]
     )
+    arithmetic = arithmetic * (1 + fit.throttle * arithmetic / (arithmetic + fit.throttle_seconds))
     memory = element_bytes * batch * (m * k + k * n + m * n) / fit.memory_bytes_per_second
     both: Floats = (arithmetic**fit.sharpness + memory**fit.sharpness) ** (1 / fit.sharpness)
     return fit.launch_seconds + both

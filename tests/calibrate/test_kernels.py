@@ -7,7 +7,7 @@ import pytest
 
 from experiments.device_tables import read_attention, read_matmuls, read_overlap
 from meshwright.calibrate.hardware import parse_cluster
-from meshwright.calibrate.kernels import fit_attention, fit_interference, halves, relative_error, side_by_side
+from meshwright.calibrate.kernels import Forwards, fit_attention, fit_interference, halves, relative_error, side_by_side
 from meshwright.simulate.compute import tiled_seconds
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -16,7 +16,7 @@ needs_data = pytest.mark.skipif(not (DATA / "kernels").is_dir(), reason="the mea
 
 @needs_data
 @pytest.mark.parametrize(
-    ("name", "machine", "most"), [("a100", "dgx-a100", 0.045), ("h100", "dgx-h100", 0.065), ("h200", "dgx-h200", 0.085)]
+    ("name", "machine", "most"), [("a100", "dgx-a100", 0.036), ("h100", "dgx-h100", 0.056), ("h200", "dgx-h200", 0.08)]
 )
 def test_shipped_matmul_fits_hold_on_shapes_held_out(name: str, machine: str, most: float) -> None:
     """Mean error on training shapes whose (n, k) the fit has not seen."""
@@ -30,14 +30,17 @@ def test_shipped_matmul_fits_hold_on_shapes_held_out(name: str, machine: str, mo
 
 
 @needs_data
-@pytest.mark.parametrize(("name", "machine"), [("a100", "dgx-a100"), ("h100", "dgx-h100"), ("h200", "dgx-h200")])
-def test_shipped_attention_fits_hold_on_every_second_row(name: str, machine: str) -> None:
-    peak = parse_cluster(machine).device(0).peak_flops("bf16")
-    fit, error = fit_attention(*read_attention(DATA, name), peak, "test", 1.0)
-    shipped = parse_cluster(machine).device(0).attention
+@pytest.mark.parametrize(
+    ("name", "machine", "most"), [("a100", "dgx-a100", 0.03), ("h100", "dgx-h100", 0.05), ("h200", "dgx-h200", 0.065)]
+)
+def test_shipped_attention_fits_hold_on_every_second_row(name: str, machine: str, most: float) -> None:
+    device = parse_cluster(machine).device(0)
+    peak = device.peak_flops("bf16")
+    fit, _, error = fit_attention(read_attention(DATA, name), peak, device.memory_bytes_per_second.value, "test", 1.0)
+    shipped = device.attention
     assert shipped is not None
     assert shipped.efficiency == pytest.approx(fit.efficiency)
-    assert error.median < 0.07
+    assert error.mean < most
 
 
 @needs_data
@@ -53,9 +56,13 @@ def test_the_shipped_interference_is_the_fit() -> None:
 def test_an_attention_fit_finds_what_made_the_data() -> None:
     keys = np.array([512.0, 1024, 2048, 4096, 8192, 16384] * 4)
     flops = 1e9 * keys * np.repeat([1.0, 2, 4, 8], 6)
-    seconds = 5e-6 + flops / (300e12 * 0.5 * keys / (keys + 700))
-    fit, error = fit_attention(keys, flops, seconds, 300e12, "test", 1.0)
+    moved = flops / keys * np.tile([0.5, 1.0, 2.0], 8)  # the last of them bound by memory
+    cached = moved * np.repeat([0.1, 0.5], 12)
+    arithmetic = flops / (300e12 * 0.5 * keys / (keys + 700))
+    seconds = 5e-6 + np.maximum(arithmetic, moved / 1e12) + 3 * cached / 1e12
+    fit, passes, error = fit_attention(Forwards(keys, flops, moved, cached, seconds), 300e12, 1e12, "test", 1.0)
     assert (fit.efficiency, fit.half_length) == (pytest.approx(0.5, rel=1e-3), pytest.approx(700, rel=1e-2))
+    assert passes == pytest.approx(3, rel=1e-2)
     assert error.mean < 1e-3
 
 

@@ -67,6 +67,15 @@ def test_one_tile_with_a_long_inner_loop_is_cut_among_the_units(parts: int, move
     assert matmul_seconds(device, 128, 128, 1024, "bf16") == pytest.approx(min(WAVE_SECONDS, cut), rel=1e-3)
 
 
+def test_long_arithmetic_runs_at_the_clock_that_power_allows() -> None:
+    """A fifth slower in the long run, a tenth where the plain time is ``throttle_seconds``."""
+    plain = with_fit()
+    for waves, slower in ((1, 1.1), (10_000, 1.2)):
+        throttled = with_fit(throttle=0.2, throttle_seconds=WAVE_SECONDS)
+        times = [matmul_seconds(device, 1280 * waves, 128, 1024, "bf16") for device in (throttled, plain)]
+        assert times[0] / times[1] == pytest.approx(slower, rel=1e-3)
+
+
 def test_matmuls_priced_together_cost_what_each_costs_alone() -> None:
     """Also across the blocks in which they are priced."""
     rng = np.random.default_rng(0)
@@ -201,6 +210,7 @@ def test_interference_is_measured_for_the_v100_alone() -> None:
         ({"last_wave": 2.0}, "last_wave is 2"),
         ({"splits": (2, 4)}, "and 1 among them"),
         ({"split_bytes": -1.0}, "split_bytes is -1"),
+        ({"throttle": float("inf")}, "throttle is inf"),
         ({"memory_bytes_per_second": float("nan")}, "memory_bytes_per_second is nan"),
     ],
 )
