@@ -6,16 +6,33 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meshwright.errors import ExecutionError
 from meshwright.execute.launch import inside_mpi, launch
+from meshwright.execute.record import (
+    FORMAT,
+    METRICS,
+    VERSION,
+    DeviceRow,
+    Summary,
+    device_events,
+    device_row,
+    digest,
+    versions,
+    write_run,
+)
 from meshwright.plan.planfile import Plan, bytes_text, load_plan, seconds_text
+from meshwright.simulate.timeline import Timeline
 
 DEFAULT_STEPS = 20
 WARM_UP_STEPS = 1  # the first step still warms caches and communicators; it is trained but not timed
+MEASURED_STEPS = (
+    7  # for a run's folder: steps in which each instruction is waited for, and the first of them is not kept
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="of AdamW (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of parameters and batches (%(default)s)")
+    parser.add_argument(
+        "--run", "-o", metavar="DIR", help="keep the run in this folder, for `meshwright calibrate --from DIR`"
+    )
     parser.add_argument("--metrics", metavar="FILE", help="append one JSON line a step")
     parser.add_argument("--trace", metavar="FILE", help="write predicted and measured timelines for ui.perfetto.dev")
     parser.add_argument("--plot", metavar="FILE", help="draw them, predicted above measured")
@@ -45,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.learning_rate < math.inf:
         raise ExecutionError(f"--learning-rate is {args.learning_rate}; a positive number is needed, such as 1e-3")
     plan = load_plan(args.plan)
+    if args.run:
+        Path(args.run).mkdir(parents=True, exist_ok=True)
     if not inside_mpi():
         return launch(plan.devices, ["-m", "meshwright", *sys.argv[1:]])
     from meshwright.cli.fault import write_fault_log
@@ -56,6 +78,15 @@ def run(args: argparse.Namespace) -> int:
     with guard(log):
         train(plan, args)
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class RankRun:
+    """What one rank tells rank 0 at the end: its measured steps, its peaks by stage, and what it ran on."""
+
+    timelines: tuple[Timeline, ...]
+    peak_bytes: Mapping[int, float]
+    device: DeviceRow
 
 
 def train(plan: Plan, args: argparse.Namespace) -> None:
@@ -77,6 +108,8 @@ def train(plan: Plan, args: argparse.Namespace) -> None:
     batches, note = batches_of(model, plan, args)
     chief = group.rank == 0
     say = Progress(args.steps) if chief and not args.quiet else None
+    if chief and args.run:
+        (Path(args.run) / METRICS).unlink(missing_ok=True)  # of an earlier run
     if say:
         if note:
             print(note, file=sys.stderr)
@@ -90,11 +123,21 @@ def train(plan: Plan, args: argparse.Namespace) -> None:
         history.append(metrics)
         if say:
             say.step(step + 1, metrics.loss, metrics.step_seconds)
-        if chief and args.metrics:
-            append_metrics(args.metrics, plan, metrics)
-    group.communicator.Barrier()
-    state, _ = trainer.step(state, next(batches), measure=True)
-    gathered = group.communicator.gather((trainer.timeline, dict(trainer.runtime.peak_bytes)))
+        for path in metrics_files(args) if chief else ():
+            append_metrics(path, plan, metrics)
+    measured = []
+    for _ in range(1 + MEASURED_STEPS if args.run else 1):
+        batch = next(batches)
+        group.communicator.Barrier()  # the zero of all clocks
+        state, _ = trainer.step(state, batch, measure=True)
+        measured.append(trainer.timeline)
+    own = jax.local_devices()[0]
+    seen = RankRun(
+        tuple(measured[1:]) or tuple(measured),
+        dict(trainer.runtime.peak_bytes),
+        device_row(group.rank, own.device_kind, own.platform),
+    )
+    gathered = group.communicator.gather(seen)
     if gathered is not None:  # rank 0
         timed = history[WARM_UP_STEPS:] or history
         report(plan, args, [m.loss for m in history], [m.step_seconds for m in timed], gathered)
@@ -168,6 +211,11 @@ def finite_or_none(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def metrics_files(args: argparse.Namespace) -> list[str]:
+    """The files that get a line a step: the one that was asked for, and the one of the run's folder."""
+    return [str(path) for path in (args.metrics, args.run and Path(args.run) / METRICS) if path]
+
+
 def append_metrics(path: str, plan: Plan, metrics: Any) -> None:
     """One JSON line under the names that torchtitan's users know; tokens per second are per device."""
     tokens = plan.batch * plan.tokens_per_sample / plan.devices
@@ -183,7 +231,7 @@ def append_metrics(path: str, plan: Plan, metrics: Any) -> None:
 
 
 def report(
-    plan: Plan, args: argparse.Namespace, losses: Sequence[float], seconds: Sequence[float], gathered: Sequence[Any]
+    plan: Plan, args: argparse.Namespace, losses: Sequence[float], seconds: Sequence[float], ranks: Sequence[RankRun]
 ) -> None:
     """Predicted against measured, as a table or as JSON; and the pictures that were asked for."""
     from meshwright.execute.train import merge_timelines
@@ -193,8 +241,8 @@ def report(
     median = statistics.median(seconds)
     predicted, planned_peak = prediction.predicted.iteration_seconds, prediction.predicted.peak_memory_bytes
     time_error = predicted / median - 1
-    peak = max((held for _, peaks in gathered for held in peaks.values()), default=0.0)
-    measured = merge_timelines([t for t, _ in gathered], tuple(stage.devices for stage in plan.stages))
+    peak = max((held for rank in ranks for held in rank.peak_bytes.values()), default=0.0)
+    measured = merge_timelines([rank.timelines[-1] for rank in ranks], tuple(stage.devices for stage in plan.stages))
     both = [("predicted", prediction.timeline), ("measured", measured)]
     if args.plot:
         from meshwright.simulate.gantt import plot_timelines
@@ -204,6 +252,8 @@ def report(
         from meshwright.simulate.trace import write_trace
 
         write_trace(both, args.trace)
+    if args.run:
+        keep_run(plan, args.run, losses, seconds, ranks, predicted, peak)
     result = {
         "steps": len(losses),
         "loss_first": finite_or_none(losses[0]),
@@ -226,3 +276,32 @@ def report(
         f"loss: {losses[0]:.4f} at the first step, {losses[-1]:.4f} at step {len(losses)}"
     )
     print("measured memory: arrays alive plus what XLA says its programs need; without the Python process itself")
+    if args.run:
+        print(f"kept in {args.run}; what differs, and a corrected machine file: meshwright calibrate --from {args.run}")
+
+
+def keep_run(
+    plan: Plan,
+    folder: str,
+    losses: Sequence[float],
+    seconds: Sequence[float],
+    ranks: Sequence[RankRun],
+    predicted_seconds: float,
+    peak_bytes: float,
+) -> None:
+    """Write the run's folder."""
+    each_rank = [[device_events(timeline, rank.device.device) for timeline in rank.timelines] for rank in ranks]
+    steps = [[row for rows in step for row in rows] for step in zip(*each_rank, strict=True)]
+    summary = Summary(
+        format=FORMAT,
+        version=VERSION,
+        plan_digest=digest(plan),
+        date=time.strftime("%Y-%m-%d", time.gmtime()),
+        step_seconds=tuple(seconds),
+        losses=tuple(map(finite_or_none, losses)),
+        predicted_step_seconds=predicted_seconds,
+        peak_memory_bytes=peak_bytes,
+        devices=tuple(rank.device for rank in ranks),
+        versions=versions(),
+    )
+    write_run(folder, plan, steps, summary)
