@@ -42,6 +42,7 @@ from meshwright.calibrate.quantity import Quantity
 from meshwright.errors import ClusterError
 
 HALF, EIGHT = "16-bit NCCL on A100, H100, H200", "8-bit NCCL on A100, H100, H200"
+WORST_ERROR = 0.25  # in the mean: further off, as where two ways through a host are taken in turns, a curve is left out
 ON_SWITCH = 1.15  # 16 bits this much quicker than 8 bits at the largest size: the switch adds (NVLS)
 NETWORK_BYTES = 64 * 2**20  # from here on the network binds a collective across hosts
 NVLINK_MACHINES = {
@@ -177,7 +178,7 @@ def reduced_entries(
 ) -> dict[str, tuple[CollectiveFit, ...]]:
     """The all-reduces of a machine of whose collectives nothing else is measured."""
     chosen = [c for c in curves if (c.system, c.kind) == (machine.system, "all_reduce") and c.ranks in (2, 4, 8)]
-    ordered = sorted(chosen, key=lambda curve: curve.ranks)
+    ordered = sorted((c for c in chosen if fits[c.name].error < WORST_ERROR), key=lambda curve: curve.ranks)
     source = f"own fit, {machine.by}"
     return {"all_reduce": tuple(fits[c.name].entry(c.ranks, source.format(c.ranks)) for c in ordered)}
 
