@@ -9,7 +9,7 @@ with that group alone as it was measured; so a slow link that computation hides 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp, log
+from math import exp, log, sqrt
 from statistics import median
 
 import numpy as np
@@ -171,7 +171,7 @@ def log_error(steps: Sequence[Sequence[tuple[Instruction, float]]], predicted: M
     if len(ratios) < FEW_STEPS:
         ratios = [log(seconds / predicted[one]) for samples in steps for one, seconds in samples]
     deviation = NORMAL_MAD * median(abs(ratio - median(ratios)) for ratio in ratios)
-    return max(LEAST_LOG_ERROR, MEDIAN_LOSS * deviation / len(ratios) ** 0.5)
+    return max(LEAST_LOG_ERROR, MEDIAN_LOSS * deviation / sqrt(len(ratios)))
 
 
 def _by_step(

@@ -1,0 +1,286 @@
+"""Which numbers of a machine file a run says are wrong, and by how much.
+
+What a group of instructions costs is a sum of parts, each proportional to one *number* of the file: kernels to the
+device's rates, the start of a program to its dispatch, a transfer to the link's bandwidth and latency. So a run gives
+one equation a group, sum of part times factor = found cost, and the factors are those of the least surprise: maximum a
+posteriori, where the logarithm of a factor is Cauchy around 0, as wide as the file's own range (a number is as good as
+it says, or it is plain wrong), and Huber's loss on the groups' logarithms, so that one strange group does not decide
+(Huber, Ann. Math. Stat. 35 (1964) 73-101). A number that no group depends on keeps its factor of 1. Only what rates and
+times cannot explain becomes a slowdown of a phase's programs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import exp, hypot, log
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.calibrate.device import Device
+from meshwright.calibrate.drift import Drift, Group, cost_of
+from meshwright.calibrate.hardware import Cluster, Quantity
+from meshwright.calibrate.link import Link
+from meshwright.plan.planfile import Plan, PlannedStage
+from meshwright.plan.predict import costs_of
+
+Floats = NDArray[np.float64]
+Parts = dict[Group, dict["Number", float]]
+
+HUBER = 1.345  # standard errors beyond which a residual counts linearly: 95 % efficient on normal ones
+ROUNDS, REFITS = 50, 3  # of reweighting; of fits, each with the misfit that the one before left
+RANGE_SIGMAS = 4.0  # from low to high: two standard errors each way, as the fits state it
+NARROWEST, WIDEST, UNSTATED, EXECUTOR = 0.2, 1.0, 0.7, 2.0  # widths of the logarithm of a factor, before the run
+SIGNIFICANT = 2.0  # standard errors
+LEAST_CHANGE = 0.01  # of a logarithm: what no clock of a run resolves is not corrected
+BETWEEN_HOSTS = -1
+KERNELS = ("compute", "matmul", "memory", "launch")  # what a phase's slowdown multiplies
+PHASE_OF = {"forward": "forward", "backward": "backward", "update": "once"}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Number:
+    """One number of the machine file, or several that a run cannot tell apart.
+
+    ``kind``: of a device ``compute`` (all its rates), or ``matmul``, ``memory`` and ``launch`` where they are told
+    apart; ``dispatch`` of an instruction; ``forward``, ``backward`` and ``once``, slowdowns of programs; of a link
+    ``wire`` (bandwidth), ``latency`` and ``collectives``. ``host`` is the first host with this device or link, or
+    ``BETWEEN_HOSTS``.
+    """
+
+    kind: str
+    host: int
+
+    def __str__(self) -> str:
+        where = "between hosts" if self.host == BETWEEN_HOSTS else f"of host {self.host}"
+        return f"{self.kind} {where}"
+
+
+CONSTANT = Number("constant", BETWEEN_HOSTS)  # stands for parts that are not fitted
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """Seconds of what depends on a number, over those of the file: logarithm and its standard error."""
+
+    log_value: float
+    log_error: float
+
+    @property
+    def value(self) -> float:
+        """The factor itself."""
+        return exp(self.log_value)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Factors of the numbers that change; those that were looked at and stay are in ``kept``."""
+
+    factors: dict[Number, Factor]
+    kept: dict[Number, Factor] = field(default_factory=dict)
+
+    def log_of(self, number: Number) -> float:
+        """The logarithm of a number's factor, 0 where it stays."""
+        return self.factors[number].log_value if number in self.factors else 0.0
+
+
+def device_host(cluster: Cluster, stage: PlannedStage) -> int:
+    """The first host whose device equals that of a stage."""
+    device = cluster.device(stage.devices[0])
+    return next(index for index, host in enumerate(cluster.hosts) if host.device == device)
+
+
+def link_host(cluster: Cluster, devices: tuple[int, ...]) -> int:
+    """The first host with the link that devices need among them, or ``BETWEEN_HOSTS``."""
+    owners = {cluster.host_of(device) for device in devices}
+    if len(owners) > 1:
+        return BETWEEN_HOSTS
+    link = cluster.hosts[owners.pop()].link
+    return next(index for index, host in enumerate(cluster.hosts) if host.link == link)
+
+
+def parts_of(plan: Plan, shares: Mapping[Group, Mapping[str, float]] | None = None) -> Parts:
+    """What each group costs, by the number that the seconds are proportional to.
+
+    Args:
+        shares: of the seconds of a group's kernels, what is ``matmul``, ``memory`` and ``launch``; without, all of them
+            are ``compute``.
+    """
+    cluster = plan.hardware
+    costs = costs_of(cluster, plan.stages, plan.transfers)
+    parts: Parts = {}
+    for index, stage in enumerate(plan.stages):
+        here, link = device_host(cluster, stage), link_host(cluster, stage.devices)
+        device = cluster.device(stage.devices[0])
+        whole = {
+            "forward": stage.forward_compute_seconds,
+            "backward": stage.backward_compute_seconds,
+            "update": stage.update_seconds,
+        }
+        for what, seconds in whole.items():
+            group = Group(index, what)
+            fixed = device.program_seconds(PHASE_OF[what])
+            kernels = max(0.0, seconds - fixed)
+            collectives = cost_of(costs, group) - seconds - stage.dispatch_seconds
+            split = (shares or {}).get(group, {"compute": 1.0})
+            found = {Number(kind, here): share * kernels for kind, share in split.items()}
+            found[Number("dispatch", here)] = stage.dispatch_seconds + fixed
+            found[Number("collectives", link)] = collectives
+            parts[group] = found
+        group = Group(index, "reduce")
+        parts[group] = {Number("collectives", link): cost_of(costs, group)}
+    for (source, target, what), cost in costs.transfers.items():
+        link = link_host(cluster, (*plan.stages[source].devices, *plan.stages[target].devices))
+        parts[Group(source, what, target)] = {
+            Number("wire", link): cost.wire_seconds,
+            Number("latency", link): cost.latency_seconds,
+        }
+    tiny = {group: 1e-9 * sum(found.values()) for group, found in parts.items()}
+    return {group: {n: s for n, s in found.items() if s > tiny[group]} for group, found in parts.items()}
+
+
+def stated_error(cluster: Cluster, number: Number) -> float | None:
+    """Standard error of a number's logarithm by the range that the file states; None where it states none."""
+    quantity = quantity_of(cluster, number)
+    if quantity is None or not quantity.low or quantity.high is None:
+        return None
+    return log(quantity.high / quantity.low) / RANGE_SIGMAS
+
+
+def quantity_of(cluster: Cluster, number: Number) -> Quantity | None:
+    """The figure of the file that speaks for a number; None where it has none."""
+    if number.kind in ("wire", "latency", "collectives"):
+        link: Link = cluster.inter_host if number.host == BETWEEN_HOSTS else cluster.hosts[number.host].link
+        if number.kind == "collectives":
+            fits = [fit for kind in sorted(link.collectives) for fit in link.collectives[kind]]
+            return fits[0].bytes_per_second if fits else link.bytes_per_second
+        return link.latency_seconds if number.kind == "latency" else link.bytes_per_second
+    device: Device = cluster.hosts[number.host].device
+    match number.kind:
+        case "compute" | "matmul":
+            return device.matmul_efficiency
+        case "memory":
+            return device.memory_bytes_per_second
+        case "launch":
+            return device.launch_seconds
+        case "dispatch":
+            return device.dispatch_seconds
+        case _:
+            program = device.programs.get(number.kind)
+            return None if program is None else program.slowdown
+
+
+def file_error(cluster: Cluster, parts: Mapping[Number, float], what: str) -> float:
+    """Standard error of the logarithm of a group's predicted seconds, by the ranges of the numbers behind them."""
+    total = sum(parts.values())
+    errors = [seconds / total * (stated_error(cluster, number) or 0.0) for number, seconds in parts.items()]
+    if what in PHASE_OF:
+        kernels = sum(seconds for number, seconds in parts.items() if number.kind in KERNELS)
+        hosts = [number.host for number in parts if number.kind in KERNELS]
+        if hosts:
+            slowdown = stated_error(cluster, Number(PHASE_OF[what], hosts[0]))
+            errors.append(kernels / total * (slowdown or 0.0))
+    return hypot(*errors)
+
+
+def fit_factors(drift: Drift, parts: Parts, cluster: Cluster) -> Fit:
+    """The factors that a run's found costs tell.
+
+    Numbers whose factor the run knows to be 1 stay as they are, and the others are fitted again without them; then
+    the slowdowns of the programs' phases take what is left.
+    """
+    targets = {o.group: (log(o.found_seconds), o.log_error) for o in drift.observations if o.log_ratio is not None}
+    known = {group: found for group, found in parts.items() if group in targets and found}
+    rates = _without_idle(known, targets, cluster)
+    phases = _phase_parts(known, rates)
+    slowdowns = _without_idle(phases, targets, cluster)
+    return Fit({**rates.factors, **slowdowns.factors}, {**rates.kept, **slowdowns.kept})
+
+
+def _without_idle(parts: Parts, targets: Mapping[Group, tuple[float, float]], cluster: Cluster) -> Fit:
+    """Fit, and leave out one by one the numbers that differ least from 1, until all that are left do so for certain.
+
+    Of two numbers that a run cannot tell apart, the one that explains more is left to change.
+    """
+    numbers = sorted({number for found in parts.values() for number in found if number != CONSTANT})
+    kept: dict[Number, Factor] = {}
+    while True:
+        fit = _solve(parts, targets, numbers, cluster)
+        if not fit:
+            return Fit({}, kept)
+        least = min(fit, key=lambda number: (_certainty(fit[number]), number))
+        if _certainty(fit[least]) >= SIGNIFICANT:
+            return Fit(fit, kept)
+        kept[least] = fit[least]
+        numbers.remove(least)
+
+
+def _certainty(factor: Factor) -> float:
+    """By how many standard errors a factor differs from 1; by none, where by less than clocks tell."""
+    return abs(factor.log_value) / factor.log_error if abs(factor.log_value) > LEAST_CHANGE else 0.0
+
+
+def _solve(
+    parts: Parts, targets: Mapping[Group, tuple[float, float]], numbers: list[Number], cluster: Cluster
+) -> dict[Number, Factor]:
+    """Maximum a posteriori of the logarithms of the factors, by Gauss-Newton steps with Huber's weights.
+
+    Groups differ from any model by more than their own noise; that misfit is estimated from the residuals and added
+    to the noise, so that it widens the errors of the factors.
+    """
+    if not numbers or not parts:
+        return {}
+    groups = list(parts)
+    seconds = np.array([[parts[group].get(number, 0.0) for number in numbers] for group in groups])
+    total = np.array([sum(parts[group].values()) for group in groups])
+    rest = total - seconds.sum(axis=1)
+    target = np.array([targets[group][0] for group in groups])
+    noise = np.array([targets[group][1] for group in groups])
+    width = np.array([_width(cluster, number) for number in numbers])
+    logs, misfit = np.zeros(len(numbers)), 0.0
+    for _ in range(REFITS):
+        errors = np.hypot(noise, misfit)
+        for _ in range(ROUNDS):
+            terms = seconds * np.exp(logs)
+            model = rest + terms.sum(axis=1)
+            slopes = terms / model[:, None]
+            residual = target - np.log(model)
+            weights = np.minimum(1.0, HUBER * errors / np.maximum(np.abs(residual), errors)) / errors**2
+            information = (slopes.T * weights) @ slopes
+            doubt = 2.0 / (width**2 + logs**2)  # of a Cauchy prior: the curvature of its tangent parabola
+            precision = information + np.diag(doubt)
+            step = np.linalg.solve(precision, slopes.T @ (weights * residual) - doubt * logs)
+            logs = logs + np.clip(step, -1.0, 1.0)
+            if np.abs(step).max() < 1e-6:
+                break
+        freedom = max(1.0, len(groups) - float(np.trace(np.linalg.solve(precision, information))))
+        misfit = float(np.sqrt(max(0.0, (residual**2 - noise**2).sum() / freedom)))
+    posterior = np.sqrt(np.diag(np.linalg.inv(precision)))
+    return {
+        number: Factor(float(value), float(error))
+        for number, value, error in zip(numbers, logs, posterior, strict=True)
+    }
+
+
+def _width(cluster: Cluster, number: Number) -> float:
+    """How far from 1 a factor may be before the run: as the file states, but no number is beyond all doubt.
+
+    The dispatch is measured by tiny programs in a row; what an executor adds to it nobody knows before it ran.
+    """
+    if number.kind == "dispatch" and not cluster.hosts[number.host].device.programs:
+        return EXECUTOR
+    stated = stated_error(cluster, number)
+    return UNSTATED if stated is None else min(max(stated, NARROWEST), WIDEST)
+
+
+def _phase_parts(parts: Parts, rates: Fit) -> Parts:
+    """The parts as the rates leave them, those of kernels now in the name of their phase's slowdown."""
+    phases: Parts = {}
+    for group, found in parts.items():
+        if group.what not in PHASE_OF or group.is_transfer:
+            continue
+        now: dict[Number, float] = {}
+        for number, seconds in found.items():
+            name = Number(PHASE_OF[group.what], number.host) if number.kind in KERNELS else CONSTANT
+            now[name] = now.get(name, 0.0) + seconds * exp(rates.log_of(number))
+        phases[group] = now
+    return phases
