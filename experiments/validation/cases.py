@@ -34,7 +34,7 @@ FRAMEWORKS = (
     Framework(r".*(Core|NeMo|Bridge).*", "megatron-core", True, True, None),
     Framework(r"InternEvo.*", "megatron-core", True, False, "bf16"),
     Framework(r"Megatron-LM \(zero-bubble.*", "megatron-core", False, False, "fp16"),
-    Framework(r"(Megatron-)?DeepSpeed.*(OPT|Neo)-.*", "huggingface-deepspeed", False, False, "fp16"),
+    Framework(r"(Megatron-)?DeepSpeed.*(OPT|Neo)-.*", "huggingface-deepspeed", False, False, "tf32"),
     Framework(r"(Megatron-)?DeepSpeed.*", "megatron-deepspeed", False, False, "fp16"),
     Framework(r"Megatron-LM.*", "megatron-2021", False, False, "fp16"),
     Framework(r".*(FSDP|torchtitan|fms).*", "fsdp", True, False, "bf16"),
@@ -54,10 +54,17 @@ FAMILIES = (
     Family(r".*(llama|qwen|intern|mixtral|mistral).*", LLAMA),
     Family(r".*nemotron.*", {**LLAMA, "gated": False}),
     Family(r".*mpt.*", {"biases": False, "dropout": False}),
+    Family(r"(gpt-neo|opt)-.*", {"dropout": False}),  # as Sailor trains them: one copy of the scores is kept
     Family(r".*(gpt|opt|bloom|turing).*", {}),
 )
 
-PRECISIONS = {"fp16": ("f16", None), "bf16": ("bf16", None), "fp32": ("f32", None), "fp8": ("bf16", "f8")}
+PRECISIONS = {
+    "fp16": ("f16", None),
+    "bf16": ("bf16", None),
+    "fp32": ("f32", None),
+    "tf32": ("tf32", None),
+    "fp8": ("bf16", "f8"),
+}
 SHARDINGS = ((r"none", 0), (r"ZeRO-?([0123]).*", None), (r"dist-opt.*", 1), (r"FSDP.*", 3))
 SCHEDULE_NAMES = {"interleaved-1f1b": "interleaved", "1f1b-interleaved": "interleaved"}
 

@@ -75,7 +75,7 @@ def constants_of(cases: Sequence[Case]) -> tuple[tuple[str, ...], ...]:
 
 
 def usual_constants(stack: str) -> dict[str, float]:
-    """Constants of a stack on a system that none of the rows in the fit half ran on."""
+    """Constants of a stack before any row tells otherwise."""
     factors = {name: usual.value for name, usual in USUAL.items() if name in FACTORS}
     host = shipped_stacks()[stack].operation_seconds
     return factors | {"operation_seconds": 0.0 if host is None else host.value, "overhead_bytes": 0.0}

@@ -32,6 +32,9 @@ MACHINES = (
     Machine(r"(DGX-)?H200\b.*", "dgx-h200", 400e9),
     Machine(r"GH(200)?(-.*)?", "gh200", 200e9),
     Machine(r"V100\b.*", "p3.16xlarge", 25e9),
+    Machine(r"RTX-2080", "rtx-2080ti", 10e9),
+    Machine(r"RTX-3090", "rtx-3090", 1e9),
+    Machine(r"Titan-RTX", "titan-rtx", 10e9),
 )
 NETWORK = re.compile(r"(?:(\d+)\s*x\s*)?[A-Za-z-]*\s*(\d{2,4})\s*(?:Gb\S*)?.*?(?:/|per )\s*(node|gpu)", re.IGNORECASE)
 
@@ -43,9 +46,9 @@ def cluster_of(row: Row) -> tuple[Cluster, tuple[str, ...]]:
         Refused: no machine is shipped that is like it, or its GPUs do not fill its hosts.
     """
     hardware, gpus = row.text("hardware"), row.count("gpus")
-    machine = next((known for known in MACHINES if re.fullmatch(known.pattern, hardware, re.IGNORECASE)), None)
-    if machine is None:
-        raise Refused(f"no machine for {hardware or 'unnamed hardware'}")
+    if "+" in hardware:
+        return _mixed(row, hardware.split("+"), gpus)
+    machine = _machine(hardware)
     shipped = parse_cluster(machine.name)
     host = shipped.hosts[0]
     each = min(gpus, row.count("gpus_per_node", host.devices))
@@ -62,6 +65,25 @@ def cluster_of(row: Row) -> tuple[Cluster, tuple[str, ...]]:
         assumed += () if said else ("network of the machine file",)
     one = msgspec.structs.replace(host, device=device, devices=each, nics=min(cards, each))
     return msgspec.structs.replace(shipped, hosts=(one,) * (gpus // each), inter_host=network), assumed
+
+
+def _machine(hardware: str) -> Machine:
+    known = next((known for known in MACHINES if re.fullmatch(known.pattern, hardware, re.IGNORECASE)), None)
+    if known is None:
+        raise Refused(f"no machine for {hardware or 'unnamed hardware'}")
+    return known
+
+
+def _mixed(row: Row, kinds: list[str], gpus: int) -> tuple[Cluster, tuple[str, ...]]:
+    """Hosts of several kinds, in the order that the row names them; the first kinds have one more if need be."""
+    shipped = [parse_cluster(_machine(kind).name) for kind in kinds]
+    each = row.count("gpus_per_node", shipped[0].hosts[0].devices)
+    hosts = gpus // each
+    if gpus % each or hosts < len(kinds) or any(cluster.hosts[0].devices != each for cluster in shipped):
+        raise Refused("gpus do not fill the hosts", f"line {row.line}: {gpus} on hosts of {each} of {len(kinds)} kinds")
+    counts = [(hosts + len(kinds) - 1 - place) // len(kinds) for place in range(len(kinds))]
+    text = "+".join(f"{_machine(kind).name}:{count}" for kind, count in zip(kinds, counts, strict=True))
+    return parse_cluster(text), (f"hosts as {text}", "network of the machine file")
 
 
 def _network(row: Row, shipped: Cluster, machine: Machine, devices: int) -> tuple[Link, int, bool]:

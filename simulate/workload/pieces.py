@@ -252,12 +252,13 @@ def _separate_softmax(held: float, wide: float) -> Iterator[Piece]:
     """Scores of ``held`` bytes, which the softmax takes as f32 of ``wide`` bytes, by a kernel for each step.
 
     Bytes follow OPTAttention.forward of Hugging Face transformers 4.3x: a mask is added, torch.max keeps scores finite
-    (its gradient compares twice, halves, selects and fills), softmax writes f32, which is cast back.
+    (its gradient compares twice, halves, selects and fills), softmax writes f32, which is cast back to 16 bits.
     """
     yield _pointwise("mask scores", 2 * held, 0.0, core=True)
     yield _pointwise("bound scores", 2 * held, 11 * held, core=True)
     yield _pointwise("softmax in f32", held + wide, held + 2 * wide, core=True)
-    yield _pointwise("weights from f32", held + wide, core=True)
+    if held < wide:
+        yield _pointwise("weights from f32", held + wide, core=True)
 
 
 def _mlp(local: Local, tokens: int, batch: int = 1) -> tuple[Piece, ...]:

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.calibrate.hardware import Cluster, Device
+from meshwright.calibrate.hardware import Cluster, Device, Host
 from meshwright.simulate.compute import interference_rates, kernel_seconds
 from meshwright.simulate.flows import collective_time
 from meshwright.simulate.operations import Collective, Copy, Kernel
@@ -61,7 +61,8 @@ def groups(grid: Grid, first_device: int) -> dict[str, range]:
 class Prices:
     """Seconds of kernels and collectives on one mesh of a grid; each distinct one is worked out once.
 
-    The stack's factors say how much longer both take in a training step than alone.
+    The stack's factors say how much longer both take in a training step than alone. On a mesh of unlike devices they
+    are those of ``priced_device`` (the first one, where None) and of its tensor-parallel group.
     """
 
     cluster: Cluster
@@ -69,12 +70,17 @@ class Prices:
     first_device: int
     dtype: str
     stack: Stack = AS_MEASURED
+    priced_device: int | None = None
     known: dict[Kernel, float] = field(default_factory=dict)
 
     @cached_property
     def device(self) -> Device:
         """The device whose kernels are priced."""
-        return self.cluster.device(self.first_device)
+        return self.cluster.device(self._priced)
+
+    @property
+    def _priced(self) -> int:
+        return self.first_device if self.priced_device is None else self.priced_device
 
     @cached_property
     def rates(self) -> NDArray[np.float64]:
@@ -92,17 +98,32 @@ class Prices:
             case Collective(kind=kind, message_bytes=size, axis=axis):
                 if not size:
                     return 0.0
-                group = groups(self.grid, self.first_device)[axis]
+                start = self._priced if axis == "tensor" else self.first_device
+                group = groups(self.grid, start)[axis]
                 cluster, devices = hosts_of(self.cluster, group)
                 at_once = groups_at_once(cluster, devices, self.grid.mesh_devices)
                 alone = collective_time(cluster, devices, kind, size, at_once, self.dtype)
                 return alone * message_factor(self.stack, cluster, devices)
             case Copy(bytes=size):
-                host = self.cluster.hosts[self.cluster.host_of(self.first_device)]
+                host = self.cluster.hosts[self.cluster.host_of(self._priced)]
                 link = host.pcie or self.cluster.inter_host
                 return link.latency_seconds.value + size / link.bytes_per_second.value
             case _:
                 return self.stack.kernel_factor * kernel_seconds(self.device, kernel)
+
+
+def unlike_devices(cluster: Cluster, grid: Grid, first_device: int) -> list[int]:
+    """The first device of each tensor-parallel group of a mesh whose host is like none before: one where all are."""
+    if cluster.homogeneous:
+        return [first_device]
+    hosts: list[Host] = []
+    found = []
+    for device in range(first_device, first_device + grid.mesh_devices, grid.tensor):
+        host = cluster.hosts[cluster.host_of(device)]
+        if host not in hosts:
+            hosts.append(host)
+            found.append(device)
+    return found
 
 
 def message_factor(stack: Stack, cluster: Cluster, devices: Sequence[int]) -> float:

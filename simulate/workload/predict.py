@@ -22,7 +22,7 @@ from meshwright.simulate.timeline import Parts, Timeline
 from meshwright.simulate.topology import SubMesh, hop_link
 from meshwright.simulate.workload.grid import Grid, check_grid, stage_layers
 from meshwright.simulate.workload.pieces import Local
-from meshwright.simulate.workload.placement import Prices, mesh_at, message_factor, nearer
+from meshwright.simulate.workload.placement import Prices, mesh_at, message_factor, nearer, unlike_devices
 from meshwright.simulate.workload.stack import Stack
 from meshwright.simulate.workload.stages import Stage
 from meshwright.simulate.workload.transformer import Transformer
@@ -166,18 +166,25 @@ def _homes(program: Compiled) -> tuple[int, ...]:
 
 
 def _stages(local: Local, cluster: Cluster, homes: tuple[int, ...]) -> tuple[Stage, ...]:
-    """All stages; those that are alike (in layers, ends, and place within their hosts) are one object."""
+    """All stages; those that are alike (in layers, ends, and place within their hosts) are one object.
+
+    Of a mesh over unlike hosts, the slowest counts: the others wait for it.
+    """
     kinds: dict[tuple[int, bool, bool, int], Stage] = {}
-    prices: dict[int, Prices] = {}
+    prices: dict[int, tuple[Prices, ...]] = {}
     stages = []
     for number, (layers, home) in enumerate(zip(stage_layers(local.model, local.grid), homes, strict=True)):
         first_device = mesh_at(local.grid, home).first_device
         place = first_device % cluster.devices_per_host if cluster.homogeneous else first_device
         if place not in prices:
-            prices[place] = Prices(cluster, local.grid, first_device, local.model.dtype, local.stack)
+            prices[place] = tuple(
+                Prices(cluster, local.grid, first_device, local.model.dtype, local.stack, priced_device=device)
+                for device in unlike_devices(cluster, local.grid, first_device)
+            )
         key = (layers, number == 0, number == local.grid.stages - 1, place)
         if key not in kinds:
-            kinds[key] = Stage(local, prices[place], *key[:3])
+            alike = [Stage(local, each, *key[:3]) for each in prices[place]]
+            kinds[key] = max(alike, key=lambda stage: stage.forward.seconds + stage.backward.seconds)
         stages.append(kinds[key])
     return tuple(stages)
 

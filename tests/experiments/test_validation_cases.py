@@ -86,3 +86,16 @@ def test_the_network_of_a_row_scales_the_machines(interconnect: str, share: floa
     assert found.inter_host.bytes_per_second.value * cards == pytest.approx(
         plain.inter_host.bytes_per_second.value * 8 * share
     )
+
+
+def test_hosts_of_several_kinds_stand_as_the_row_names_them() -> None:
+    found = case(hardware="RTX-2080+RTX-3090+Titan-RTX", gpus="32", gpus_per_node="8", tp="8", pp="4", dp="1", gbs="8")
+    names = [host.device.name for host in found.cluster.hosts]
+    assert [name.split("-")[1] for name in names] == ["2080", "2080", "3090", "RTX"]
+    assert "hosts as rtx-2080ti:2+rtx-3090:1+titan-rtx:1" in found.assumed
+
+
+def test_sailor_s_models_multiply_in_tf32_and_drop_nothing() -> None:
+    found = case(framework="Megatron-DeepSpeed", model="OPT-350M", precision="")
+    assert (found.model.dtype, found.model.dtype_bytes, found.model.dropout) == ("tf32", 4, False)
+    assert found.stack.name == "huggingface-deepspeed"

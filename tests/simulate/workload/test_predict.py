@@ -162,6 +162,27 @@ def test_utilisation_of_a_mixed_cluster_counts_every_peak() -> None:
         assert found.mfu == pytest.approx(MODEL.step_flops(16) / found.iteration_seconds / (4 * PEAK * 2 / 3))
 
 
+def test_replicas_on_unlike_hosts_wait_for_the_slowest_wherever_it_stands() -> None:
+    """Data parallelism over two hosts, one of a third of the peak: each step is the slow host's."""
+    quick = cluster(2)
+    device = quick.hosts[0].device
+    third = {name: rate.scaled(1 / 3) for name, rate in device.flops_per_second.items()}
+    slow = msgspec.structs.replace(quick.hosts[0], device=msgspec.structs.replace(device, flops_per_second=third))
+    alone = step(at=msgspec.structs.replace(quick, hosts=(slow,)), tensor=2, batch=8).iteration_seconds
+    for hosts in ((quick.hosts[0], slow), (slow, quick.hosts[0])):
+        found = step(at=msgspec.structs.replace(quick, hosts=hosts), tensor=2, data=2)
+        assert found.iteration_seconds == pytest.approx(alone)
+
+
+def test_a_tensor_parallel_group_is_priced_on_its_own_host_s_link() -> None:
+    near, far = cluster(2, link=1e9), cluster(2, link=1e8)
+    mixed = msgspec.structs.replace(near, hosts=(near.hosts[0], far.hosts[0]))
+    found = step(at=mixed, tensor=2, data=2)
+    slow, quick = (step(at=at, tensor=2, batch=8) for at in (far, near))
+    assert found.collective_seconds == pytest.approx(slow.collective_seconds)
+    assert slow.collective_seconds > 5 * quick.collective_seconds
+
+
 @pytest.mark.parametrize("schedule", ["zb-1p", "zb-2p"])
 def test_searched_schedules_are_searched_for_the_times_of_the_stages(schedule: str) -> None:
     """No slower than 1F1B of the same grid, and within its own limit of memory."""
