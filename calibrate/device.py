@@ -26,9 +26,9 @@ class MatmulFit(Record, frozen=True, kw_only=True):
     round); each tile also pays ``overhead_k`` steps of its inner loop. A last wave of tiles that does not fill all
     ``compute_units`` takes at least ``last_wave`` of a whole one. Where few tiles have a long inner loop, that loop may
     be cut into one of ``splits`` parts (split-K), whose partial sums move ``split_bytes`` for each part and element of
-    the result. Arithmetic that lasts long draws so much power that clocks fall: it takes up to ``throttle`` more, half of
-    that at ``throttle_seconds``. ``sharpness`` is the power p of
-    ``(arithmetic^p + memory^p)^(1/p)``, so that near the ridge both count.
+    the result. Arithmetic that lasts long draws so much power that clocks fall: it takes up to ``throttle`` more, half
+    of that at ``throttle_seconds``. ``sharpness`` is the power p of ``(arithmetic^p + memory^p)^(1/p)``, so that near
+    the ridge both count.
     """
 
     source: str
