@@ -98,6 +98,13 @@ def link_host(cluster: Cluster, devices: tuple[int, ...]) -> int:
     return next(index for index, host in enumerate(cluster.hosts) if host.link == link)
 
 
+def collectives_number(cluster: Cluster, devices: tuple[int, ...]) -> Number:
+    """The number that collectives of a stage go by: their own measurements, or the plain link where there are none."""
+    host = link_host(cluster, devices)
+    link = cluster.inter_host if host == BETWEEN_HOSTS else cluster.hosts[host].link
+    return Number("collectives" if link.collectives else "wire", host)
+
+
 def parts_of(plan: Plan, shares: Mapping[Group, Mapping[str, float]] | None = None) -> Parts:
     """What each group costs, by the number that the seconds are proportional to.
 
@@ -109,7 +116,7 @@ def parts_of(plan: Plan, shares: Mapping[Group, Mapping[str, float]] | None = No
     costs = costs_of(cluster, plan.stages, plan.transfers)
     parts: Parts = {}
     for index, stage in enumerate(plan.stages):
-        here, link = device_host(cluster, stage), link_host(cluster, stage.devices)
+        here, sums = device_host(cluster, stage), collectives_number(cluster, stage.devices)
         device = cluster.device(stage.devices[0])
         whole = {
             "forward": stage.forward_compute_seconds,
@@ -124,10 +131,10 @@ def parts_of(plan: Plan, shares: Mapping[Group, Mapping[str, float]] | None = No
             split = (shares or {}).get(group, {"compute": 1.0})
             found = {Number(kind, here): share * kernels for kind, share in split.items()}
             found[Number("dispatch", here)] = stage.dispatch_seconds + fixed
-            found[Number("collectives", link)] = collectives
+            found[sums] = collectives
             parts[group] = found
         group = Group(index, "reduce")
-        parts[group] = {Number("collectives", link): cost_of(costs, group)}
+        parts[group] = {sums: cost_of(costs, group)}
     for (source, target, what), cost in costs.transfers.items():
         link = link_host(cluster, (*plan.stages[source].devices, *plan.stages[target].devices))
         parts[Group(source, what, target)] = {

@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="MPI ranks for the links (default: one a core, at least 2; 1: no links)"
     )
+    parser.add_argument(
+        "--from",
+        dest="from_run",
+        metavar="RUN",
+        help="measure nothing: correct the machine file by a run that `meshwright execute PLAN -o RUN` kept",
+    )
     parser.add_argument("--report", metavar="DIR", help="write a page with a picture of every fit into this folder")
     parser.add_argument("--fresh", action="store_true", help="measure all anew after an interrupted calibration")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -35,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the file, print the residuals; under ``mpiexec``, rank 0 does it for as many ranks."""
+    if args.from_run is not None:
+        from meshwright.cli.calibrate_from import correct_from
+
+        if args.ranks is not None or args.report or args.fresh:
+            raise ClusterError("--from measures nothing; leave out --ranks, --report and --fresh")
+        return correct_from(args.from_run, args.out, as_json=args.json)
     from meshwright.calibrate.partial import Partial
     from meshwright.calibrate.session import calibrate_machine, worker_environment
 
