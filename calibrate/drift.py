@@ -204,7 +204,12 @@ def with_costs(costs: PipelineCosts, seconds: Mapping[Group, float]) -> Pipeline
             )
         else:
             stages[group.stage] = replace(stages[group.stage], **{COST_FIELDS[group.what]: found})  # type: ignore[arg-type]
-    return replace(costs, stages=tuple(stages), transfers=transfers)
+    links = list(costs.link_bytes_per_second)
+    for cost in (TransferCost(*cost) for cost in transfers.values()):
+        for link, weight in zip(cost.links, cost.weights, strict=True):
+            if cost.bytes:  # a link carries at least what was measured on it
+                links[link] = max(links[link], weight * cost.bytes / cost.wire_seconds)
+    return replace(costs, stages=tuple(stages), transfers=transfers, link_bytes_per_second=tuple(links))
 
 
 def find_drift(run: Run) -> Drift:

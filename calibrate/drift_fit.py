@@ -12,12 +12,13 @@ times cannot explain becomes a slowdown of a phase's programs.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import exp, hypot, log
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.calibrate.device import Device
-from meshwright.calibrate.drift import Drift, Group, cost_of
+from meshwright.calibrate.drift import Drift, Group, Observation, cost_of
 from meshwright.calibrate.hardware import Cluster, Quantity
 from meshwright.calibrate.link import Link
 from meshwright.plan.planfile import Plan, PlannedStage
@@ -29,8 +30,8 @@ Parts = dict[Group, dict["Number", float]]
 HUBER = 1.345  # standard errors beyond which a residual counts linearly: 95 % efficient on normal ones
 ROUNDS, REFITS = 50, 3  # of reweighting; of fits, each with the misfit that the one before left
 RANGE_SIGMAS = 4.0  # from low to high: two standard errors each way, as the fits state it
-NARROWEST, WIDEST, UNSTATED, EXECUTOR = 0.2, 1.0, 0.7, 2.0  # widths of the logarithm of a factor, before the run
-SIGNIFICANT = 2.0  # standard errors
+NARROWEST, WIDEST, UNSTATED = 0.2, 1.0, 0.7  # widths of the logarithm of a factor, before the run
+SIGNIFICANT = 3.0  # standard errors; several numbers are looked at, and the errors come from few steps
 LEAST_CHANGE = 0.01  # of a logarithm: what no clock of a run resolves is not corrected
 BETWEEN_HOSTS = -1
 KERNELS = ("compute", "matmul", "memory", "launch")  # what a phase's slowdown multiplies
@@ -195,12 +196,25 @@ def fit_factors(drift: Drift, parts: Parts, cluster: Cluster) -> Fit:
     Numbers whose factor the run knows to be 1 stay as they are, and the others are fitted again without them; then
     the slowdowns of the programs' phases take what is left.
     """
-    targets = {o.group: (log(o.found_seconds), o.log_error) for o in drift.observations if o.log_ratio is not None}
+    targets = {
+        o.group: (log(o.found_seconds), max(o.log_error, usual_error(drift, o)))
+        for o in drift.observations
+        if o.log_ratio is not None
+    }
     known = {group: found for group, found in parts.items() if group in targets and found}
     rates = _without_idle(known, targets, cluster)
     phases = _phase_parts(known, rates)
     slowdowns = _without_idle(phases, targets, cluster)
     return Fit({**rates.factors, **slowdowns.factors}, {**rates.kept, **slowdowns.kept})
+
+
+def usual_error(drift: Drift, seen: Observation) -> float:
+    """The standard error that groups like this one have: in a few steps, one of them agrees with itself by chance."""
+    return median(
+        o.log_error
+        for o in drift.observations
+        if o.log_ratio is not None and o.group.is_transfer == seen.group.is_transfer
+    )
 
 
 def _without_idle(parts: Parts, targets: Mapping[Group, tuple[float, float]], cluster: Cluster) -> Fit:
@@ -274,7 +288,7 @@ def _width(cluster: Cluster, number: Number) -> float:
     The dispatch is measured by tiny programs in a row; what an executor adds to it nobody knows before it ran.
     """
     if number.kind == "dispatch" and not cluster.hosts[number.host].device.programs:
-        return EXECUTOR
+        return WIDEST
     stated = stated_error(cluster, number)
     return UNSTATED if stated is None else min(max(stated, NARROWEST), WIDEST)
 
