@@ -17,7 +17,8 @@ class Grid:
 
     ``data`` counts replicas of the dense weights' grid along which the batch is split; ``expert`` splits the experts
     over ``expert`` neighbours of these (and of ``context``). ``zero`` is the ZeRO stage over data and context: 1 shards
-    the optimizer, 2 also gradients, 3 also weights (FSDP). ``layers_per_stage`` is for stages that are not alike.
+    the optimizer, 2 also gradients, 3 also weights (FSDP). ``layers_per_stage`` and ``recompute_per_stage`` are for
+    stages that are not alike.
 
     Devices are numbered tensor fastest, then context, data, pipeline (Megatron-LM's and DeepSpeed's order).
     """
@@ -36,6 +37,7 @@ class Grid:
     schedule: str = "1f1b"
     fused_attention: bool = True
     layers_per_stage: tuple[int, ...] | None = None
+    recompute_per_stage: tuple[Recompute, ...] | None = None  # None: ``recompute`` on all
 
     def __post_init__(self) -> None:
         for name in ("batch", "microbatch_size", "tensor", "pipeline", "data", "context", "expert", "chunks"):
@@ -44,8 +46,9 @@ class Grid:
                 raise PlanError(f"{name} of a grid is {size}; a whole number of at least 1 is needed")
         if self.zero not in (0, 1, 2, 3):
             raise PlanError(f"zero is {self.zero}; ZeRO has the stages 0 (off), 1, 2 and 3")
-        if self.recompute not in RECOMPUTES:
-            raise PlanError(f"recompute {self.recompute!r} is unknown; known are {', '.join(RECOMPUTES)}")
+        for policy in (self.recompute, *(self.recompute_per_stage or ())):
+            if policy not in RECOMPUTES:
+                raise PlanError(f"recompute {policy!r} is unknown; known are {', '.join(RECOMPUTES)}")
         find_schedule(self.schedule)
         part = self.microbatch_size * self.data
         if self.batch % part:
@@ -62,6 +65,10 @@ class Grid:
             )
         if self.layers_per_stage is not None and len(self.layers_per_stage) != self.stages:
             raise PlanError(f"layers_per_stage names {len(self.layers_per_stage)} stages; the grid has {self.stages}")
+        if self.recompute_per_stage is not None and len(self.recompute_per_stage) != self.stages:
+            raise PlanError(
+                f"recompute_per_stage names {len(self.recompute_per_stage)} stages; the grid has {self.stages}"
+            )
 
     @property
     def mesh_devices(self) -> int:
@@ -87,6 +94,11 @@ class Grid:
     def stages(self) -> int:
         """Stages of the pipeline, all chunks counted."""
         return self.pipeline * self.chunks
+
+    @property
+    def recomputes(self) -> tuple[Recompute, ...]:
+        """What each stage computes again in its backward."""
+        return self.recompute_per_stage or (self.recompute,) * self.stages
 
 
 def stage_layers(model: Transformer, grid: Grid) -> tuple[int, ...]:

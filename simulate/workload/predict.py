@@ -1,7 +1,7 @@
 """A transformer, a cluster, a grid and a software stack → the timeline of one training step."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,7 +20,7 @@ from meshwright.simulate.schedules.base import Options, Times
 from meshwright.simulate.schedules.table import find_schedule
 from meshwright.simulate.timeline import Parts, Timeline
 from meshwright.simulate.topology import SubMesh, hop_link
-from meshwright.simulate.workload.grid import Grid, check_grid, stage_layers
+from meshwright.simulate.workload.grid import RECOMPUTES, Grid, Recompute, check_grid, stage_layers
 from meshwright.simulate.workload.pieces import Local
 from meshwright.simulate.workload.placement import Prices, mesh_at, message_factor, nearer, unlike_devices
 from meshwright.simulate.workload.stack import Stack
@@ -60,12 +60,13 @@ class GridPrediction:
     @property
     def hfu(self) -> float:
         """As ``mfu`` with what is computed again (Korthikanti et al., 2022, appendix A)."""
-        again = 0.0
-        if self.grid.recompute == "full":
-            head = 2.0 * self.model.hidden * self.model.vocabulary * self.grid.batch * self.model.sequence
-            again = self.model.forward_flops(self.grid.batch) - head
-        elif self.grid.recompute == "selective":
-            again = 4.0 * self.grid.batch * self.model.layers * self.model.sequence**2 * self.model.query_dim
+        layers = dict.fromkeys(RECOMPUTES, 0)
+        for count, policy in zip(stage_layers(self.model, self.grid), self.grid.recomputes, strict=True):
+            layers[policy] += count
+        head = 2.0 * self.model.hidden * self.model.vocabulary * self.grid.batch * self.model.sequence
+        full = self.model.forward_flops(self.grid.batch) - head
+        core = 4.0 * self.grid.batch * self.model.layers * self.model.sequence**2 * self.model.query_dim
+        again = (layers["full"] * full + layers["selective"] * core) / self.model.layers
         return (self.model.step_flops(self.grid.batch) + again) / self._possible_flops
 
     @property
@@ -166,11 +167,11 @@ def _homes(program: Compiled) -> tuple[int, ...]:
 
 
 def _stages(local: Local, cluster: Cluster, homes: tuple[int, ...]) -> tuple[Stage, ...]:
-    """All stages; those that are alike (in layers, ends, and place within their hosts) are one object.
+    """All stages; those that are alike (in layers, recomputation, ends, and place within their hosts) are one object.
 
     Of a mesh over unlike hosts, the slowest counts: the others wait for it.
     """
-    kinds: dict[tuple[int, bool, bool, int], Stage] = {}
+    kinds: dict[tuple[int, bool, bool, int, Recompute], Stage] = {}
     prices: dict[int, tuple[Prices, ...]] = {}
     stages = []
     for number, (layers, home) in enumerate(zip(stage_layers(local.model, local.grid), homes, strict=True)):
@@ -181,9 +182,11 @@ def _stages(local: Local, cluster: Cluster, homes: tuple[int, ...]) -> tuple[Sta
                 Prices(cluster, local.grid, first_device, local.model.dtype, local.stack, priced_device=device)
                 for device in unlike_devices(cluster, local.grid, first_device)
             )
-        key = (layers, number == 0, number == local.grid.stages - 1, place)
+        policy = local.grid.recomputes[number]
+        key = (layers, number == 0, number == local.grid.stages - 1, place, policy)
         if key not in kinds:
-            alike = [Stage(local, each, *key[:3]) for each in prices[place]]
+            own = replace(local, grid=replace(local.grid, recompute=policy))
+            alike = [Stage(own, each, *key[:3]) for each in prices[place]]
             kinds[key] = max(alike, key=lambda stage: stage.forward.seconds + stage.backward.seconds)
         stages.append(kinds[key])
     return tuple(stages)

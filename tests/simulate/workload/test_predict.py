@@ -254,3 +254,26 @@ def test_the_same_question_has_the_same_answer() -> None:
 def test_more_layers_than_memory_are_one_line() -> None:
     with pytest.raises(MeshwrightError, match="operations and their dispatches need about"):
         step(replace(MODEL, layers=10**10))
+
+
+def test_a_policy_for_each_stage_is_that_of_equal_stages_where_all_agree() -> None:
+    grid = Grid(batch=8, pipeline=2, recompute="full")
+    named = replace(grid, recompute="none", recompute_per_stage=("full", "full"))
+    assert predict_grid(MODEL, cluster(2), grid, PLAIN).costs == predict_grid(MODEL, cluster(2), named, PLAIN).costs
+
+
+def test_only_the_stage_that_recomputes_has_the_longer_backward_and_holds_less() -> None:
+    grid = Grid(batch=8, pipeline=2)
+    mixed = predict_grid(MODEL, cluster(2), replace(grid, recompute_per_stage=("none", "full")), PLAIN)
+    plain = predict_grid(MODEL, cluster(2), grid, PLAIN)
+    full = predict_grid(MODEL, cluster(2), replace(grid, recompute="full"), PLAIN)
+    assert mixed.costs.stages == (plain.costs.stages[0], full.costs.stages[1])
+    assert mixed.costs.stages[1].backward_seconds > plain.costs.stages[1].backward_seconds
+    assert mixed.hfu * mixed.iteration_seconds == pytest.approx(
+        (plain.hfu * plain.iteration_seconds + full.hfu * full.iteration_seconds) / 2
+    )
+
+
+def test_policies_that_are_not_one_for_each_stage_are_told() -> None:
+    with pytest.raises(PlanError, match="recompute_per_stage names 1 stages; the grid has 2"):
+        Grid(batch=8, pipeline=2, recompute_per_stage=("none",))
