@@ -34,7 +34,7 @@ NARROWEST, WIDEST, UNSTATED = 0.2, 1.0, 0.7  # widths of the logarithm of a fact
 SIGNIFICANT = 3.0  # standard errors; several numbers are looked at, and the errors come from few steps
 LEAST_CHANGE = 0.01  # of a logarithm: what no clock of a run resolves is not corrected
 BETWEEN_HOSTS = -1
-KERNELS = ("compute", "matmul", "memory", "launch")  # what a phase's slowdown multiplies
+KERNELS = ("compute", "matmul", "memory", "launch", "arithmetic")  # what a phase's slowdown multiplies
 PHASE_OF = {"forward": "forward", "backward": "backward", "update": "once"}
 
 
@@ -222,7 +222,8 @@ def _without_idle(parts: Parts, targets: Mapping[Group, tuple[float, float]], cl
 
     Of two numbers that a run cannot tell apart, the one that explains more is left to change.
     """
-    numbers = sorted({number for found in parts.values() for number in found if number != CONSTANT})
+    fixed = ("arithmetic", CONSTANT.kind)
+    numbers = sorted({number for found in parts.values() for number in found if number.kind not in fixed})
     kept: dict[Number, Factor] = {}
     while True:
         fit = _solve(parts, targets, numbers, cluster)

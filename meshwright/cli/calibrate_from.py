@@ -1,16 +1,18 @@
 """``meshwright calibrate --from RUN``: where a run differs from its prediction, and a machine file corrected by it."""
 
 import json
+import sys
 from pathlib import Path
 
-from meshwright.calibrate.drift import find_drift
+from meshwright.calibrate.drift import Group, find_drift
 from meshwright.calibrate.drift_correct import corrected_cluster, corrected_plan
 from meshwright.calibrate.drift_fit import fit_factors, parts_of
 from meshwright.calibrate.drift_report import corrections, corrections_text, report_data, report_text, rows_of
+from meshwright.calibrate.drift_shares import kernel_shares
 from meshwright.calibrate.hardware import Cluster, load_cluster, save_cluster
-from meshwright.errors import ClusterError
+from meshwright.errors import ClusterError, ModelError
 from meshwright.execute.record import read_run
-from meshwright.plan.planfile import seconds_text
+from meshwright.plan.planfile import Plan, seconds_text
 from meshwright.plan.predict import predict
 
 
@@ -25,7 +27,10 @@ def correct_from(run_folder: str, out: str, *, as_json: bool) -> int:
     cluster, target = run.plan.hardware, Path(out)
     refuse_to_replace_another(target, cluster)
     drift = find_drift(run)
-    parts = parts_of(run.plan)
+    shares, note = shares_of(run.plan)
+    if note:
+        print(note, file=sys.stderr)
+    parts = parts_of(run.plan, shares)
     fit = fit_factors(drift, parts, cluster)
     better = corrected_cluster(cluster, fit, f"run {Path(run_folder).absolute().name}, {run.summary.date}")
     predicted_seconds = predict(corrected_plan(run.plan, parts, fit, better)).predicted.iteration_seconds
@@ -50,6 +55,21 @@ def correct_from(run_folder: str, out: str, *, as_json: bool) -> int:
         f"wrote {target}; plan for it with --cluster {target}"
     )
     return 0
+
+
+def shares_of(plan: Plan) -> tuple[dict[Group, dict[str, float]] | None, str]:
+    """What the plan's kernels are made of, and a note where that cannot be told: then their rates change as one."""
+    from meshwright.models.zoo import get_model
+    from meshwright.plan.trace.model import trace
+
+    try:
+        graph = trace(get_model(plan.model), plan.batch, plan.microbatches).graph
+    except ModelError as error:
+        return None, f"note: rates of matmuls and of memory are corrected as one, since the model is unknown ({error})"
+    shares = kernel_shares(plan, graph) if graph.fingerprint == plan.fingerprint else None
+    if shares is None:
+        return None, "note: rates of matmuls and of memory are corrected as one, since the plan is not priced as it was"
+    return shares, ""
 
 
 def refuse_to_replace_another(target: Path, cluster: Cluster) -> None:
