@@ -1,6 +1,6 @@
 """How a transformer's step is laid out over devices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from meshwright.errors import PlanError
@@ -17,8 +17,8 @@ class Grid:
 
     ``data`` counts replicas of the dense weights' grid along which the batch is split; ``expert`` splits the experts
     over ``expert`` neighbours of these (and of ``context``). ``zero`` is the ZeRO stage over data and context: 1 shards
-    the optimizer, 2 also gradients, 3 also weights (FSDP). ``layers_per_stage`` and ``recompute_per_stage`` are for
-    stages that are not alike.
+    the optimizer, 2 also gradients, 3 also weights (FSDP). ``layers_per_stage``, ``recompute_per_stage`` and
+    ``tensor_per_mesh`` are for stages that are not alike.
 
     Devices are numbered tensor fastest, then context, data, pipeline (Megatron-LM's and DeepSpeed's order).
     """
@@ -38,6 +38,7 @@ class Grid:
     fused_attention: bool = True
     layers_per_stage: tuple[int, ...] | None = None
     recompute_per_stage: tuple[Recompute, ...] | None = None  # None: ``recompute`` on all
+    tensor_per_mesh: tuple[int, ...] | None = None  # None: ``tensor`` on all
 
     def __post_init__(self) -> None:
         for name in ("batch", "microbatch_size", "tensor", "pipeline", "data", "context", "expert", "chunks"):
@@ -50,6 +51,13 @@ class Grid:
             if policy not in RECOMPUTES:
                 raise PlanError(f"recompute {policy!r} is unknown; known are {', '.join(RECOMPUTES)}")
         find_schedule(self.schedule)
+        if self.tensor_per_mesh is not None:
+            if len(self.tensor_per_mesh) != self.pipeline:
+                raise PlanError(
+                    f"tensor_per_mesh names {len(self.tensor_per_mesh)} meshes; the grid has {self.pipeline}"
+                )
+            if not all(isinstance(size, int) and size >= 1 for size in self.tensor_per_mesh):
+                raise PlanError(f"tensor_per_mesh is {self.tensor_per_mesh}; whole numbers of at least 1 are needed")
         part = self.microbatch_size * self.data
         if self.batch % part:
             below = self.batch // part * part
@@ -72,13 +80,13 @@ class Grid:
 
     @property
     def mesh_devices(self) -> int:
-        """Devices of one mesh: those of all axes but the pipeline's."""
+        """Devices of a mesh of ``tensor``: those of all axes but the pipeline's."""
         return self.tensor * self.context * self.data
 
     @property
     def devices(self) -> int:
         """Devices of the whole grid."""
-        return self.mesh_devices * self.pipeline
+        return sum(self.tensors) * self.context * self.data
 
     @property
     def replicas(self) -> int:
@@ -94,6 +102,23 @@ class Grid:
     def stages(self) -> int:
         """Stages of the pipeline, all chunks counted."""
         return self.pipeline * self.chunks
+
+    @property
+    def tensors(self) -> tuple[int, ...]:
+        """Size of the tensor axis on each mesh."""
+        return self.tensor_per_mesh or (self.tensor,) * self.pipeline
+
+    def seen_from(self, stage: int, mesh: int) -> "Grid":
+        """The grid as if all stages and meshes were like these."""
+        if self.tensor_per_mesh is None and self.recompute_per_stage is None:
+            return self
+        return replace(
+            self,
+            tensor=self.tensors[mesh],
+            recompute=self.recomputes[stage],
+            tensor_per_mesh=None,
+            recompute_per_stage=None,
+        )
 
     @property
     def recomputes(self) -> tuple[Recompute, ...]:
@@ -135,20 +160,25 @@ def spread_layers(layers: int, stages: int) -> tuple[int, ...]:
 def check_grid(model: Transformer, grid: Grid, devices: int) -> None:
     """Raise ``PlanError`` where the model does not divide over the grid, or the grid over the devices."""
     if grid.devices != devices:
+        tensor = grid.tensor if grid.tensor_per_mesh is None else grid.tensor_per_mesh
         raise PlanError(
-            f"a grid of {grid.tensor} tensor × {grid.context} context × {grid.data} data × {grid.pipeline} pipeline "
+            f"a grid of {tensor} tensor × {grid.context} context × {grid.data} data × {grid.pipeline} pipeline "
             f"needs {grid.devices} devices; there are {devices}"
         )
-    for what, size in (("heads", model.heads), ("ffn_hidden", model.ffn)):
-        if size % grid.tensor:
-            raise PlanError(f"{what} {size} do not split over {grid.tensor} tensor-parallel devices; use a divisor")
-    if model.key_heads % grid.tensor and grid.tensor % model.key_heads:
-        raise PlanError(
-            f"{model.key_heads} kv_heads and {grid.tensor} tensor-parallel devices do not divide each other"
-        )
-    split = grid.context * (grid.tensor if grid.sequence_parallel else 1)
-    if model.sequence % split:
-        raise PlanError(f"a sequence of {model.sequence} does not split over {split} context and tensor devices")
+    for tensor in sorted(set(grid.tensors)):
+        _check_tensor(model, grid, tensor)
     if model.experts % grid.expert:
         raise PlanError(f"{model.experts} experts do not split over {grid.expert} devices; use a divisor")
     stage_layers(model, grid)
+
+
+def _check_tensor(model: Transformer, grid: Grid, tensor: int) -> None:
+    """Raise ``PlanError`` where a layer does not divide over the tensor axis of a mesh."""
+    for what, size in (("heads", model.heads), ("ffn_hidden", model.ffn)):
+        if size % tensor:
+            raise PlanError(f"{what} {size} do not split over {tensor} tensor-parallel devices; use a divisor")
+    if model.key_heads % tensor and tensor % model.key_heads:
+        raise PlanError(f"{model.key_heads} kv_heads and {tensor} tensor-parallel devices do not divide each other")
+    split = grid.context * (tensor if grid.sequence_parallel else 1)
+    if model.sequence % split:
+        raise PlanError(f"a sequence of {model.sequence} does not split over {split} context and tensor devices")

@@ -20,7 +20,8 @@ from meshwright.simulate.workload.stack import AS_MEASURED, Stack
 
 def mesh_at(grid: Grid, mesh: int) -> SubMesh:
     """The devices of one mesh of the pipeline: neighbours, as the pipeline's axis is the slowest."""
-    return SubMesh(mesh * grid.mesh_devices, grid.mesh_devices)
+    inner = grid.context * grid.data
+    return SubMesh(sum(grid.tensors[:mesh]) * inner, grid.tensors[mesh] * inner)
 
 
 def nearer(cluster: Cluster, one: SubMesh, other: SubMesh) -> tuple[SubMesh, SubMesh]:

@@ -167,26 +167,26 @@ def _homes(program: Compiled) -> tuple[int, ...]:
 
 
 def _stages(local: Local, cluster: Cluster, homes: tuple[int, ...]) -> tuple[Stage, ...]:
-    """All stages; those that are alike (in layers, recomputation, ends, and place within their hosts) are one object.
+    """All stages; those that are alike (in layers, recomputation, ends, tensor axis and place within hosts) are one.
 
     Of a mesh over unlike hosts, the slowest counts: the others wait for it.
     """
-    kinds: dict[tuple[int, bool, bool, int, Recompute], Stage] = {}
-    prices: dict[int, tuple[Prices, ...]] = {}
+    kinds: dict[tuple[int, bool, bool, int, int, Recompute], Stage] = {}
+    prices: dict[tuple[int, int], tuple[Prices, ...]] = {}
     stages = []
     for number, (layers, home) in enumerate(zip(stage_layers(local.model, local.grid), homes, strict=True)):
         first_device = mesh_at(local.grid, home).first_device
         place = first_device % cluster.devices_per_host if cluster.homogeneous else first_device
-        if place not in prices:
-            prices[place] = tuple(
-                Prices(cluster, local.grid, first_device, local.model.dtype, local.stack, priced_device=device)
-                for device in unlike_devices(cluster, local.grid, first_device)
+        own = local.grid.seen_from(number, home)
+        where = (place, own.tensor)
+        if where not in prices:
+            prices[where] = tuple(
+                Prices(cluster, own, first_device, local.model.dtype, local.stack, priced_device=device)
+                for device in unlike_devices(cluster, own, first_device)
             )
-        policy = local.grid.recomputes[number]
-        key = (layers, number == 0, number == local.grid.stages - 1, place, policy)
+        key = (layers, number == 0, number == local.grid.stages - 1, *where, own.recompute)
         if key not in kinds:
-            own = replace(local, grid=replace(local.grid, recompute=policy))
-            alike = [Stage(own, each, *key[:3]) for each in prices[place]]
+            alike = [Stage(replace(local, grid=own), each, *key[:3]) for each in prices[where]]
             kinds[key] = max(alike, key=lambda stage: stage.forward.seconds + stage.backward.seconds)
         stages.append(kinds[key])
     return tuple(stages)
@@ -195,41 +195,49 @@ def _stages(local: Local, cluster: Cluster, homes: tuple[int, ...]) -> tuple[Sta
 def _transfers(
     local: Local, cluster: Cluster, stages: tuple[Stage, ...], homes: tuple[int, ...]
 ) -> Mapping[tuple[int, int, Payload], TransferCost]:
-    """Each device sends to the one in its place on the other mesh."""
+    """Each device receives its part, from the one in its place on the other mesh where both are of a size."""
     model, grid = local.model, local.grid
     held = float(local.tokens * model.hidden * model.dtype_bytes)
-    spread = grid.tensor > 1 and (local.stack.spread_transfers or grid.sequence_parallel)
-    sent = held / grid.tensor if spread else held
-    table = model.vocabulary * model.hidden / grid.tensor
+    spread = local.stack.spread_transfers or grid.sequence_parallel
+    table = model.vocabulary * model.hidden
     found: dict[tuple[int, int, Payload], TransferCost] = {}
     known: dict[tuple[SubMesh, SubMesh, float], TransferCost] = {}
 
     def cost(source: int, target: int, bytes: float) -> TransferCost:
-        """Of so many bytes from each device of one mesh to its partner on another."""
+        """Of so many bytes to each device of one mesh from those of another."""
         key = (*nearer(cluster, mesh_at(grid, homes[source]), mesh_at(grid, homes[target])), bytes)
         if key not in known:
             link = hop_link(cluster, key[0], key[1])
             latency = link.latency_seconds.value
-            wire = transfer_seconds(bytes * grid.mesh_devices, link) - latency
+            whole = bytes * key[1].devices
+            wire = transfer_seconds(whole, link) - latency
             ends = (key[0].first_device, key[1].first_device)
             wire *= message_factor(local.stack, cluster, ends)
-            known[key] = TransferCost(wire, latency, bytes=bytes * grid.mesh_devices)
+            known[key] = TransferCost(wire, latency, bytes=whole)
         return known[key]
 
-    gather = 0.0
-    if spread and not grid.sequence_parallel:  # the parts of an activation are put together again
-        whole = Collective(kind="all_gather", message_bytes=held, ranks=grid.tensor, axis="tensor")
-        gather = stages[0].prices.seconds(whole)
+    def gather_seconds(stage: int) -> float:
+        """Time in which the parts of an activation are put together again."""
+        ranks = grid.tensors[homes[stage]]
+        if not spread or grid.sequence_parallel or ranks == 1:
+            return 0.0
+        gather = Collective(kind="all_gather", message_bytes=held, ranks=ranks, axis="tensor")
+        # of equal meshes the first one's price stands for all
+        return stages[0 if grid.tensor_per_mesh is None else stage].prices.seconds(gather)
+
     for stage in range(grid.stages - 1):
         for source, target, what in ((stage, stage + 1, "activation"), (stage + 1, stage, "cotangent")):
             if homes[source] != homes[target]:
-                hop = cost(source, target, sent)
-                later = hop._replace(latency_seconds=hop.latency_seconds + gather, buffer_bytes=sent)
+                received = held / grid.tensors[homes[target]] if spread else held
+                hop = cost(source, target, received)
+                later = hop._replace(
+                    latency_seconds=hop.latency_seconds + gather_seconds(target), buffer_bytes=received
+                )
                 found[source, target, what] = later  # type: ignore[index]
     last = grid.stages - 1
     if model.tied and last:
-        found[last, 0, "gradient"] = cost(last, 0, table * local.stack.sent_gradient_bytes)
-        found[0, last, "parameter"] = cost(0, last, table * model.dtype_bytes)
+        found[last, 0, "gradient"] = cost(last, 0, table / grid.tensors[homes[0]] * local.stack.sent_gradient_bytes)
+        found[0, last, "parameter"] = cost(0, last, table / grid.tensors[homes[last]] * model.dtype_bytes)
     firsts = [homes.index(mesh) for mesh in range(grid.pipeline)]
     for other in firsts[1:]:
         found[other, 0, "square"] = cost(other, 0, SCALAR_BYTES)

@@ -277,3 +277,37 @@ def test_only_the_stage_that_recomputes_has_the_longer_backward_and_holds_less()
 def test_policies_that_are_not_one_for_each_stage_are_told() -> None:
     with pytest.raises(PlanError, match="recompute_per_stage names 1 stages; the grid has 2"):
         Grid(batch=8, pipeline=2, recompute_per_stage=("none",))
+
+
+def test_a_tensor_axis_for_each_mesh_is_that_of_equal_meshes_where_all_agree() -> None:
+    grid = Grid(batch=8, pipeline=2, tensor=2, data=2)
+    named = replace(grid, tensor=1, tensor_per_mesh=(2, 2))
+    wired = cluster(8, link=1e9, latency=1e-5)
+    assert predict_grid(MODEL, wired, grid, PLAIN).costs == predict_grid(MODEL, wired, named, PLAIN).costs
+
+
+def test_a_mesh_of_twice_the_devices_takes_half_the_time_and_stands_behind_the_first() -> None:
+    mixed = predict_grid(MODEL, cluster(3), Grid(batch=8, pipeline=2, tensor_per_mesh=(1, 2)), PLAIN)
+    equal = predict_grid(MODEL, cluster(2), Grid(batch=8, pipeline=2), PLAIN)
+    first, last = mixed.costs.stages
+    assert (first.devices, last.devices) == ((0,), (1, 2))
+    assert first.forward_seconds == equal.costs.stages[0].forward_seconds
+    assert last.forward_seconds == pytest.approx(equal.costs.stages[1].forward_seconds / 2)
+
+
+@pytest.mark.parametrize(("spread", "copies"), [(False, 2), (True, 1)])
+def test_a_larger_mesh_receives_an_activation_once_where_it_is_spread_and_once_a_device_where_not(
+    spread: bool, copies: int
+) -> None:
+    grid = Grid(batch=8, pipeline=2, tensor_per_mesh=(1, 2))
+    step = predict_grid(MODEL, cluster(3), grid, replace(PLAIN, spread_transfers=spread))
+    activation = MODEL.sequence * MODEL.hidden * MODEL.dtype_bytes
+    assert step.costs.transfers[0, 1, "activation"].bytes == copies * activation
+    assert step.costs.transfers[1, 0, "cotangent"].bytes == activation
+
+
+def test_sizes_of_meshes_that_do_not_fit_are_told() -> None:
+    with pytest.raises(PlanError, match="tensor_per_mesh names 1 meshes; the grid has 2"):
+        Grid(batch=8, pipeline=2, tensor_per_mesh=(1,))
+    with pytest.raises(PlanError, match="heads 8 do not split over 3 tensor-parallel devices"):
+        predict_grid(MODEL, cluster(4), Grid(batch=8, pipeline=2, tensor_per_mesh=(1, 3)), PLAIN)
