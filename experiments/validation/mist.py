@@ -1,0 +1,149 @@
+"""Plans of unlike stages that Aceso found and Mist's authors measured → cases; a table of predicted and measured steps.
+
+``python -m experiments.validation.mist --data measured_plans_full.json``
+
+A plan cuts GPT between operators: 13 of each layer, one before the first. Our stages are whole layers, so a border goes
+to the nearest one between layers (a stage is then wrong by at most a layer), and a stage has one recompute policy: of
+its operators that are recomputed, more than half is ``full``, fewer ``selective`` (most often the attention core).
+
+Source: Zhu et al., Mist, EuroSys 2025, artifact, which runs Aceso (Liu et al., EuroSys 2024) on its own runtime.
+"""
+
+import argparse
+import json
+import sys
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from experiments.validation.cases import Case
+from experiments.validation.rows import DataError, Refused, Row
+from meshwright.calibrate.hardware import Cluster, parse_cluster
+from meshwright.errors import MeshwrightError
+from meshwright.simulate.workload.grid import Grid, Recompute
+from meshwright.simulate.workload.predict import predict_grid
+from meshwright.simulate.workload.stack import find_stack
+from meshwright.simulate.workload.transformer import Transformer
+
+LAYER_OPERATORS, FIRST_OPERATOR = 13, 1
+MACHINES = {"l4": "g6.48xlarge", "a100-sxm4-40gb": "p4d.24xlarge", "a100-sxm4-40gb-larger-model": "p4d.24xlarge"}
+STACK = "megatron-2021"  # whose code the runtime derives from; no constants are fitted to these plans
+
+
+def read_plans(path: Path) -> list[dict[str, Any]]:
+    """All plans of the file.
+
+    Raises:
+        DataError: it cannot be read or holds no plans.
+    """
+    try:
+        plans: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["configs"]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); give the path of a JSON file") from None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: is not a JSON file with a list of plans under 'configs'") from None
+    return plans
+
+
+def plan_case(plan: dict[str, Any], number: int = 1) -> Case:
+    """What a plan asks for.
+
+    Raises:
+        Refused: it runs on a machine that is not shipped, or splits within a stage in a way that cannot be expressed.
+    """
+    config = plan["config_json_rle"]
+    if plan["gpu"] not in MACHINES:
+        raise Refused(f"no machine for {plan['gpu']}")
+    recomputed = [_unpacked(packed) for packed in config["recompute_ops__rle"]]
+    model = Transformer(
+        layers=plan["num_layers"],
+        hidden=plan["hidden_size"],
+        heads=plan["num_attention_heads"],
+        vocabulary=51200,
+        sequence=plan["seq_length"],
+        dtype="f16",
+    )
+    grid = Grid(
+        batch=plan["global_batch_size"],
+        microbatch_size=plan["micro_batch_size"],
+        pipeline=plan["num_stages"],
+        layers_per_stage=whole_layers(config["num_ops_in_each_stage"], plan["num_layers"]),
+        recompute_per_stage=tuple(nearest_policy(flags) for flags in recomputed),
+        tensor_per_mesh=_tensors(config),
+        fused_attention=False,
+    )
+    cells = {"source_id": "mist", "hardware": plan["gpu"], "framework": "Aceso's runtime", "model": plan["config"]}
+    assumed = ("vocabulary of 51,200", "unfused attention", "borders between whole layers", "a policy for each stage")
+    stack = find_stack(STACK)
+    return Case(Row(number, cells), model, _cluster(plan), grid, stack, plan["measured_iter_ms"] / 1e3, assumed)
+
+
+def whole_layers(operators: list[int], layers: int) -> tuple[int, ...]:
+    """Layers of each stage of so many operators, borders moved to the nearest between layers."""
+    ends = [round((end - FIRST_OPERATOR) / LAYER_OPERATORS) for end in accumulate(operators)]
+    borders = [0, *(min(max(end, 0), layers) for end in ends[:-1]), layers]
+    return tuple(after - before for before, after in pairwise(borders))
+
+
+def nearest_policy(recomputed: list[int]) -> Recompute:
+    """The policy that is most like a stage's operators, of which 1 stands for recomputed."""
+    if not any(recomputed):
+        return "none"
+    return "full" if 2 * sum(recomputed) > len(recomputed) else "selective"
+
+
+def _tensors(config: dict[str, Any]) -> tuple[int, ...]:
+    sizes = []
+    for packed, copies in zip(
+        config["model_parallel_size_of_each_op__rle"], config["data_parallel_size_of_each_op__rle"], strict=True
+    ):
+        tensor = {size for size, _ in packed}
+        if len(tensor) > 1 or {size for size, _ in copies} != {1}:
+            raise Refused("operators of a stage are split differently, or over data")
+        sizes.append(int(tensor.pop()))
+    return tuple(sizes)
+
+
+def _unpacked(packed: list[list[int]]) -> list[int]:
+    return [value for value, count in packed for _ in range(count)]
+
+
+def _cluster(plan: dict[str, Any]) -> Cluster:
+    """Hosts of 8 devices, or one of as many as the plan takes."""
+    shipped = parse_cluster(MACHINES[plan["gpu"]])
+    gpus, each = int(plan["num_gpus_total"]), shipped.hosts[0].devices
+    host = msgspec.structs.replace(shipped.hosts[0], devices=min(gpus, each))
+    if gpus % host.devices:
+        raise Refused("gpus do not fill the hosts", f"{gpus} on hosts of {each}")
+    return msgspec.structs.replace(shipped, hosts=(host,) * (gpus // host.devices))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print predicted and measured seconds of each plan."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.validation.mist", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="measured_plans_full.json")
+    errors = []
+    print(f"{'plan':44} {'measured s':>10} {'predicted s':>11} {'error %':>8}")
+    try:
+        for number, plan in enumerate(read_plans(parser.parse_args(arguments).data), start=1):
+            try:
+                case = plan_case(plan, number)
+            except Refused as refused:
+                print(f"{plan['config']:44} {refused}")
+                continue
+            seconds = predict_grid(case.model, case.cluster, case.grid, case.stack).iteration_seconds
+            error = 100 * (seconds / case.measured_seconds - 1)
+            errors.append(abs(error))
+            print(f"{plan['config']:44} {case.measured_seconds:10.2f} {seconds:11.2f} {error:8.1f}")
+    except MeshwrightError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if errors:
+        print(f"mean absolute error {sum(errors) / len(errors):.1f} % of {len(errors)} plans")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
