@@ -11,7 +11,7 @@ times cannot explain becomes a slowdown of a phase's programs.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import exp, hypot, log
+from math import exp, hypot, log, sqrt
 from statistics import median
 
 import numpy as np
@@ -28,7 +28,7 @@ Floats = NDArray[np.float64]
 Parts = dict[Group, dict["Number", float]]
 
 HUBER = 1.345  # standard errors beyond which a residual counts linearly: 95 % efficient on normal ones
-ROUNDS, REFITS = 50, 3  # of reweighting; of fits, each with the misfit that the one before left
+ROUNDS, REFITS = 50, 2  # of reweighting; of fits, each with the misfit that the one before left
 RANGE_SIGMAS = 4.0  # from low to high: two standard errors each way, as the fits state it
 NARROWEST, WIDEST, UNSTATED = 0.2, 1.0, 0.7  # widths of the logarithm of a factor, before the run
 SIGNIFICANT = 3.0  # standard errors; several numbers are looked at, and the errors come from few steps
@@ -202,9 +202,9 @@ def fit_factors(drift: Drift, parts: Parts, cluster: Cluster) -> Fit:
         if o.log_ratio is not None
     }
     known = {group: found for group, found in parts.items() if group in targets and found}
-    rates = _without_idle(known, targets, cluster)
+    rates = _chosen(known, targets, cluster)
     phases = _phase_parts(known, rates)
-    slowdowns = _without_idle(phases, targets, cluster)
+    slowdowns = _chosen(phases, targets, cluster)
     return Fit({**rates.factors, **slowdowns.factors}, {**rates.kept, **slowdowns.kept})
 
 
@@ -217,23 +217,35 @@ def usual_error(drift: Drift, seen: Observation) -> float:
     )
 
 
-def _without_idle(parts: Parts, targets: Mapping[Group, tuple[float, float]], cluster: Cluster) -> Fit:
-    """Fit, and leave out one by one the numbers that differ least from 1, until all that are left do so for certain.
+def _chosen(parts: Parts, targets: Mapping[Group, tuple[float, float]], cluster: Cluster) -> Fit:
+    """The fewest numbers that explain the costs: the one that explains most first, then what still adds something.
 
-    Of two numbers that a run cannot tell apart, the one that explains more is left to change.
+    Of numbers that a run cannot tell apart, the one that explains more is left to change; those that differ from 1 by
+    less than they are uncertain leave in the end.
     """
-    fixed = ("arithmetic", CONSTANT.kind)
-    numbers = sorted({number for found in parts.values() for number in found if number.kind not in fixed})
-    kept: dict[Number, Factor] = {}
+    equations = _Equations.of(parts, targets, cluster)
+    every = list(range(len(equations.numbers)))
+    if not every:
+        return Fit({})
+    noise = np.hypot(equations.noise, equations.solve(every, equations.noise).misfit)
+    chosen: list[int] = []
+    surprise = equations.solve(chosen, noise).surprise
+    while rest := [number for number in every if number not in chosen]:
+        found = {number: equations.solve([*chosen, number], noise).surprise for number in rest}
+        best = min(rest, key=lambda number: (found[number], number))
+        if surprise - found[best] < SIGNIFICANT**2 / 2:
+            break
+        chosen, surprise = [*chosen, best], found[best]
     while True:
-        fit = _solve(parts, targets, numbers, cluster)
-        if not fit:
-            return Fit({}, kept)
-        least = min(fit, key=lambda number: (_certainty(fit[number]), number))
-        if _certainty(fit[least]) >= SIGNIFICANT:
-            return Fit(fit, kept)
-        kept[least] = fit[least]
-        numbers.remove(least)
+        factors = equations.factors(chosen)
+        least = min(chosen, key=lambda number: _certainty(factors[equations.numbers[number]]), default=None)
+        if least is None or _certainty(factors[equations.numbers[least]]) >= SIGNIFICANT:
+            break
+        chosen = [number for number in chosen if number != least]
+    kept = {
+        equations.numbers[n]: equations.factors([*chosen, n])[equations.numbers[n]] for n in every if n not in chosen
+    }
+    return Fit(factors, kept)
 
 
 def _certainty(factor: Factor) -> float:
@@ -241,31 +253,56 @@ def _certainty(factor: Factor) -> float:
     return abs(factor.log_value) / factor.log_error if abs(factor.log_value) > LEAST_CHANGE else 0.0
 
 
-def _solve(
-    parts: Parts, targets: Mapping[Group, tuple[float, float]], numbers: list[Number], cluster: Cluster
-) -> dict[Number, Factor]:
-    """Maximum a posteriori of the logarithms of the factors, by Gauss-Newton steps with Huber's weights.
+@dataclass(frozen=True, slots=True)
+class _Solution:
+    """Logarithms of the factors that were free, how sharp they are, and how well and how likely they fit.
 
-    Groups differ from any model by more than their own noise; that misfit is estimated from the residuals and added
-    to the noise, so that it widens the errors of the factors.
+    ``misfit`` is what groups differ from the model by beyond their noise, ``surprise`` the negative log posterior.
     """
-    if not numbers or not parts:
-        return {}
-    groups = list(parts)
-    seconds = np.array([[parts[group].get(number, 0.0) for number in numbers] for group in groups])
-    total = np.array([sum(parts[group].values()) for group in groups])
-    rest = total - seconds.sum(axis=1)
-    target = np.array([targets[group][0] for group in groups])
-    noise = np.array([targets[group][1] for group in groups])
-    width = np.array([_width(cluster, number) for number in numbers])
-    logs, misfit = np.zeros(len(numbers)), 0.0
-    for _ in range(REFITS):
-        errors = np.hypot(noise, misfit)
-        for _ in range(ROUNDS):
+
+    logs: Floats
+    precision: Floats
+    misfit: float
+    surprise: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Equations:
+    """One row a group: ``rest`` + the sum of ``seconds`` times factors is ``exp(target)``, to within ``noise``."""
+
+    numbers: list[Number]
+    seconds: Floats
+    rest: Floats
+    target: Floats
+    noise: Floats
+    width: Floats
+
+    @staticmethod
+    def of(parts: Parts, targets: Mapping[Group, tuple[float, float]], cluster: Cluster) -> "_Equations":
+        fixed = ("arithmetic", CONSTANT.kind)
+        numbers = sorted({number for found in parts.values() for number in found if number.kind not in fixed})
+        seconds = np.array([[found.get(number, 0.0) for number in numbers] for found in parts.values()])
+        seconds = seconds.reshape(len(parts), len(numbers))
+        return _Equations(
+            numbers=numbers,
+            seconds=seconds,
+            rest=np.array([sum(found.values()) for found in parts.values()]) - seconds.sum(axis=1),
+            target=np.array([targets[group][0] for group in parts]),
+            noise=np.array([targets[group][1] for group in parts]),
+            width=np.array([_width(cluster, number) for number in numbers]),
+        )
+
+    def solve(self, free: list[int], errors: Floats) -> _Solution:
+        """Maximum a posteriori with all other factors 1: Gauss-Newton steps with Huber's and Cauchy's weights."""
+        stay = self.rest + np.delete(self.seconds, free, axis=1).sum(axis=1)
+        seconds, width = self.seconds[:, free], self.width[free]
+        logs, precision = np.zeros(len(free)), np.zeros((len(free), len(free)))
+        information = precision
+        for _ in range(ROUNDS if free else 0):
             terms = seconds * np.exp(logs)
-            model = rest + terms.sum(axis=1)
+            model = stay + terms.sum(axis=1)
             slopes = terms / model[:, None]
-            residual = target - np.log(model)
+            residual = self.target - np.log(model)
             weights = np.minimum(1.0, HUBER * errors / np.maximum(np.abs(residual), errors)) / errors**2
             information = (slopes.T * weights) @ slopes
             doubt = 2.0 / (width**2 + logs**2)  # of a Cauchy prior: the curvature of its tangent parabola
@@ -274,13 +311,23 @@ def _solve(
             logs = logs + np.clip(step, -1.0, 1.0)
             if np.abs(step).max() < 1e-6:
                 break
-        freedom = max(1.0, len(groups) - float(np.trace(np.linalg.solve(precision, information))))
-        misfit = float(np.sqrt(max(0.0, (residual**2 - noise**2).sum() / freedom)))
-    posterior = np.sqrt(np.diag(np.linalg.inv(precision)))
-    return {
-        number: Factor(float(value), float(error))
-        for number, value, error in zip(numbers, logs, posterior, strict=True)
-    }
+        residual = self.target - np.log(stay + (seconds * np.exp(logs)).sum(axis=1))
+        used = float(np.trace(np.linalg.solve(precision, information))) if free else 0.0
+        excess = (residual**2 - self.noise**2).sum() / max(1.0, len(residual) - used)
+        far = np.abs(residual / errors)
+        loss = np.where(far <= HUBER, far**2 / 2, HUBER * (far - HUBER / 2)).sum()
+        return _Solution(logs, precision, sqrt(max(0.0, excess)), float(loss + np.log1p((logs / width) ** 2).sum()))
+
+    def factors(self, free: list[int]) -> dict[Number, Factor]:
+        """The factors, with errors that the misfit widens."""
+        solution = self.solve(free, self.noise)
+        for _ in range(REFITS):
+            solution = self.solve(free, np.hypot(self.noise, solution.misfit))
+        errors = np.sqrt(np.diag(np.linalg.inv(solution.precision))) if free else np.zeros(0)
+        return {
+            self.numbers[number]: Factor(float(value), float(error))
+            for number, value, error in zip(free, solution.logs, errors, strict=True)
+        }
 
 
 def _width(cluster: Cluster, number: Number) -> float:
