@@ -28,7 +28,8 @@ Floats = NDArray[np.float64]
 Parts = dict[Group, dict["Number", float]]
 
 HUBER = 1.345  # standard errors beyond which a residual counts linearly: 95 % efficient on normal ones
-ROUNDS, REFITS = 50, 2  # of reweighting; of fits, each with the misfit that the one before left
+OUTLIER = 3.0  # standard errors that a residual counts for at most in the misfit
+ROUNDS, REFITS = 50, 6  # of reweighting; of fits, each with the misfit that the one before left
 RANGE_SIGMAS = 4.0  # from low to high: two standard errors each way, as the fits state it
 NARROWEST, WIDEST, UNSTATED = 0.2, 1.0, 0.7  # widths of the logarithm of a factor, before the run
 SIGNIFICANT = 3.0  # standard errors; several numbers are looked at, and the errors come from few steps
@@ -227,7 +228,7 @@ def _chosen(parts: Parts, targets: Mapping[Group, tuple[float, float]], cluster:
     every = list(range(len(equations.numbers)))
     if not every:
         return Fit({})
-    noise = np.hypot(equations.noise, equations.solve(every, equations.noise).misfit)
+    noise = np.hypot(equations.noise, equations.settle(every).misfit)
     chosen: list[int] = []
     surprise = equations.solve(chosen, noise).surprise
     while rest := [number for number in every if number not in chosen]:
@@ -313,16 +314,22 @@ class _Equations:
                 break
         residual = self.target - np.log(stay + (seconds * np.exp(logs)).sum(axis=1))
         used = float(np.trace(np.linalg.solve(precision, information))) if free else 0.0
-        excess = (residual**2 - self.noise**2).sum() / max(1.0, len(residual) - used)
+        near = np.minimum(np.abs(residual), OUTLIER * errors)
+        excess = (near**2 - self.noise**2).sum() / max(1.0, len(residual) - used)
         far = np.abs(residual / errors)
         loss = np.where(far <= HUBER, far**2 / 2, HUBER * (far - HUBER / 2)).sum()
         return _Solution(logs, precision, sqrt(max(0.0, excess)), float(loss + np.log1p((logs / width) ** 2).sum()))
 
-    def factors(self, free: list[int]) -> dict[Number, Factor]:
-        """The factors, with errors that the misfit widens."""
+    def settle(self, free: list[int]) -> _Solution:
+        """``solve`` with errors that hold what the groups differ from the model by."""
         solution = self.solve(free, self.noise)
         for _ in range(REFITS):
             solution = self.solve(free, np.hypot(self.noise, solution.misfit))
+        return solution
+
+    def factors(self, free: list[int]) -> dict[Number, Factor]:
+        """The factors, with errors that the misfit widens."""
+        solution = self.settle(free)
         errors = np.sqrt(np.diag(np.linalg.inv(solution.precision))) if free else np.zeros(0)
         return {
             self.numbers[number]: Factor(float(value), float(error))

@@ -82,6 +82,25 @@ def slower_device(cluster: Cluster, factor: float) -> Cluster:
     )
 
 
+def slower_matmuls(cluster: Cluster, factor: float) -> Cluster:
+    return with_device(
+        cluster, lambda d: msgspec.structs.replace(d, matmul_efficiency=d.matmul_efficiency.scaled(1 / factor))
+    )
+
+
+def slower_memory(cluster: Cluster, factor: float) -> Cluster:
+    return with_device(
+        cluster,
+        lambda d: msgspec.structs.replace(d, memory_bytes_per_second=d.memory_bytes_per_second.scaled(1 / factor)),
+    )
+
+
+def slower_dispatch(cluster: Cluster, factor: float) -> Cluster:
+    return with_device(
+        cluster, lambda d: msgspec.structs.replace(d, dispatch_seconds=d.dispatch_seconds.scaled(factor))
+    )
+
+
 def slower_link(cluster: Cluster, factor: float) -> Cluster:
     return with_link(
         cluster, lambda link: msgspec.structs.replace(link, bytes_per_second=link.bytes_per_second.scaled(1 / factor))
