@@ -32,7 +32,7 @@ def correct_from(run_folder: str, out: str, *, as_json: bool) -> int:
         print(note, file=sys.stderr)
     parts = parts_of(run.plan, shares)
     fit = fit_factors(drift, parts, cluster)
-    better = corrected_cluster(cluster, fit, f"run {Path(run_folder).absolute().name}, {run.summary.date}")
+    better = corrected_cluster(cluster, fit, f"{Path(run_folder).absolute().name}, {run.summary.date}")
     predicted_seconds = predict(corrected_plan(run.plan, parts, fit, better)).predicted.iteration_seconds
     rows, changed = rows_of(drift, parts, cluster), corrections(cluster, better, fit)
     error = predicted_seconds / drift.step_seconds - 1
