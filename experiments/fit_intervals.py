@@ -23,7 +23,7 @@ import msgspec
 
 from experiments.residuals import Residual, of_fit_halves, without_sources
 from experiments.validation.evaluate import Source, evaluate, fitted, in_halves
-from experiments.validation.rows import DataError, read_rows
+from experiments.validation.rows import DataError
 from meshwright.calibrate.uncertainty import FORMAT, SHIPPED, VERSION, Interval, IntervalsFile, conformal_interval
 from meshwright.errors import MeshwrightError
 
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluated(path: Path) -> list[Source]:
-    found = evaluate(read_rows(path), lambda text: print(text, file=sys.stderr))
+    found = evaluate(read_questions(path), lambda text: print(text, file=sys.stderr))
     return [source for source in found if source.results]
 
 

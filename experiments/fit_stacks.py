@@ -16,7 +16,7 @@ import msgspec
 
 from experiments.validation.evaluate import Source, evaluate
 from experiments.validation.fitting import Fit
-from experiments.validation.rows import read_rows
+from experiments.validation.questions import read_questions
 from experiments.validation.score import mape_percent
 from meshwright.calibrate.quantity import Quantity
 from meshwright.errors import MeshwrightError
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fitted(path: Path, seed: int) -> tuple[Source, ...]:
-    return evaluate(read_rows(path), lambda text: print(text, file=sys.stderr), seed=seed, fit=True)
+    return evaluate(read_questions(path), lambda text: print(text, file=sys.stderr), seed=seed, fit=True)
 
 
 def held_out_mape_percent(source: Source, system: str, stack: str) -> tuple[int, float | None]:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.validation.evaluate import evaluate
+from experiments.validation.questions import read_questions
 from experiments.validation.report import plain, write
-from experiments.validation.rows import read_rows
 from meshwright.errors import MeshwrightError
 
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = f"python -m experiments.validation --data {chosen.data.name}{options}"
     try:
         sources = evaluate(
-            read_rows(chosen.data), lambda line: print(line, file=sys.stderr), seed=chosen.seed, fit=chosen.fit
+            read_questions(chosen.data), lambda line: print(line, file=sys.stderr), seed=chosen.seed, fit=chosen.fit
         )
         for path in write(sources, chosen.output, command, split):
             print(f"wrote {path}", file=sys.stderr)

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 
-from experiments.validation.cases import Case, read_case
+from experiments.validation.cases import Case
 from experiments.validation.fitting import Fit, fit_constants, usual_constants
 from experiments.validation.halves import FIT, HELD_OUT, halves
-from experiments.validation.rows import Refused, Row
+from experiments.validation.questions import Question
+from experiments.validation.rows import Refused
 from experiments.validation.score import bias_percent, mape_percent, regret_percent, spearman
 from meshwright.errors import MeshwrightError
 from meshwright.simulate.workload.predict import predict_grid
@@ -93,21 +94,20 @@ class Source:
 
 
 def evaluate(
-    rows: Iterable[Row], report: Callable[[str], None], *, seed: int = 0, fit: bool = False
+    questions: Iterable[Question], report: Callable[[str], None], *, seed: int = 0, fit: bool = False
 ) -> tuple[Source, ...]:
-    """Predict every row that can be; sources stand in the order of the file.
+    """Predict every step that can be; sources stand in the order of the file.
 
     ``seed`` splits each source into halves. Constants are the shipped ones (fitted to the halves of seed 0) or, with
     ``fit``, found anew on the fit half. ``report`` hears of the first row of each source that is refused for a reason.
     """
     results: dict[str, list[Result]] = {}
     refusals: dict[str, Counter[str]] = {}
-    for row in rows:
-        name = row.text("source_id") or "(no source_id)"
+    for name, read in questions:
         results.setdefault(name, [])
         refused = refusals.setdefault(name, Counter())
         try:
-            results[name].append(predict_row(row))
+            results[name].append(predict_case(read()))
         except Refused as refusal:
             if refusal.detail and not refused[refusal.reason]:
                 report(f"{name}: refused: {refusal}")
@@ -138,15 +138,6 @@ def fitted(source: Source) -> Source:
             replace(predict_case(replace(case, stack=with_constants(case.stack, constants))), half=result.half)
         )
     return replace(source, results=tuple(again), fits=fits)
-
-
-def predict_row(row: Row) -> Result:
-    """One row predicted with the shipped constants.
-
-    Raises:
-        Refused: something is missing in it or cannot be expressed.
-    """
-    return predict_case(read_case(row))
 
 
 def predict_case(case: Case) -> Result:

@@ -1,6 +1,4 @@
-"""Plans of unlike stages that Aceso found and Mist's authors measured → cases; a table of predicted and measured steps.
-
-``python -m experiments.validation.mist --data measured_plans_full.json``
+"""Plans of unlike stages that Aceso found and Mist's authors measured → cases.
 
 A plan cuts GPT between operators: 13 of each layer, one before the first. Our stages are whole layers, so a border goes
 to the nearest one between layers (a stage is then wrong by at most a layer), and a stage has one recompute policy: of
@@ -9,27 +7,24 @@ its operators that are recomputed, more than half is ``full``, fewer ``selective
 Source: Zhu et al., Mist, EuroSys 2025, artifact, which runs Aceso (Liu et al., EuroSys 2024) on its own runtime.
 """
 
-import argparse
 import json
-import sys
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from experiments.validation.cases import Case
+from experiments.validation.cases import Case, system_of
 from experiments.validation.rows import DataError, Refused, Row
 from meshwright.calibrate.hardware import Cluster, parse_cluster
-from meshwright.errors import MeshwrightError
 from meshwright.simulate.workload.grid import Grid, Recompute
-from meshwright.simulate.workload.predict import predict_grid
 from meshwright.simulate.workload.stack import find_stack
 from meshwright.simulate.workload.transformer import Transformer
 
 LAYER_OPERATORS, FIRST_OPERATOR = 13, 1
 MACHINES = {"l4": "g6.48xlarge", "a100-sxm4-40gb": "p4d.24xlarge", "a100-sxm4-40gb-larger-model": "p4d.24xlarge"}
-STACK = "megatron-2021"  # whose code the runtime derives from; no constants are fitted to these plans
+STACK = "megatron-2021"  # whose code the runtime derives from
+SOURCE, PLANS_FILE = "mist", "measured_plans_full.json"
 
 
 def read_plans(path: Path) -> list[dict[str, Any]]:
@@ -74,10 +69,14 @@ def plan_case(plan: dict[str, Any], number: int = 1) -> Case:
         tensor_per_mesh=_tensors(config),
         fused_attention=False,
     )
-    cells = {"source_id": "mist", "hardware": plan["gpu"], "framework": "Aceso's runtime", "model": plan["config"]}
+    hardware = plan["gpu"].removesuffix("-larger-model")  # as one folder of the artifact is named
+    cells = {"source_id": SOURCE, "hardware": hardware, "framework": "Aceso's runtime", "model": plan["config"]}
+    if plan.get("max_allocated_MB"):
+        cells["mem_gib"] = str(plan["max_allocated_MB"] / 1024)
     assumed = ("vocabulary of 51,200", "unfused attention", "borders between whole layers", "a policy for each stage")
-    stack = find_stack(STACK)
-    return Case(Row(number, cells), model, _cluster(plan), grid, stack, plan["measured_iter_ms"] / 1e3, assumed)
+    row = Row(number, cells)
+    stack = find_stack(STACK, system_of(row))
+    return Case(row, model, _cluster(plan), grid, stack, plan["measured_iter_ms"] / 1e3, assumed)
 
 
 def whole_layers(operators: list[int], layers: int) -> tuple[int, ...]:
@@ -118,32 +117,3 @@ def _cluster(plan: dict[str, Any]) -> Cluster:
     if gpus % host.devices:
         raise Refused("gpus do not fill the hosts", f"{gpus} on hosts of {each}")
     return msgspec.structs.replace(shipped, hosts=(host,) * (gpus // host.devices))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print predicted and measured seconds of each plan."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.validation.mist", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="measured_plans_full.json")
-    errors = []
-    print(f"{'plan':44} {'measured s':>10} {'predicted s':>11} {'error %':>8}")
-    try:
-        for number, plan in enumerate(read_plans(parser.parse_args(arguments).data), start=1):
-            try:
-                case = plan_case(plan, number)
-            except Refused as refused:
-                print(f"{plan['config']:44} {refused}")
-                continue
-            seconds = predict_grid(case.model, case.cluster, case.grid, case.stack).iteration_seconds
-            error = 100 * (seconds / case.measured_seconds - 1)
-            errors.append(abs(error))
-            print(f"{plan['config']:44} {case.measured_seconds:10.2f} {seconds:11.2f} {error:8.1f}")
-    except MeshwrightError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if errors:
-        print(f"mean absolute error {sum(errors) / len(errors):.1f} % of {len(errors)} plans")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,7 @@ from experiments.validation.cases import Case, read_case
 from experiments.validation.evaluate import evaluate, in_halves, predict_case
 from experiments.validation.fitting import USUAL, constants_of, fit_constants, seconds
 from experiments.validation.halves import FIT, HELD_OUT, halves
-from experiments.validation.rows import read_rows
+from experiments.validation.questions import read_questions
 from meshwright.simulate.workload.stack import SHIPPED, StacksFile
 from tests.experiments.test_validation import row, text
 
@@ -101,7 +101,7 @@ def test_what_is_held_out_moves_no_constant(tmp_path: Path) -> None:
             if result.half == HELD_OUT:
                 cells["iter_time_s"] = str(float(cells["iter_time_s"]) * factor)
         path.write_text(text(*rows))
-        (source,) = evaluate(read_rows(path), lambda line: None, seed=0, fit=True)
+        (source,) = evaluate(read_questions(path), lambda line: None, seed=0, fit=True)
         return {key: fit.constants for key, fit in source.fits.items()}
 
     assert fits(1.0) == fits(7.0)
