@@ -23,6 +23,7 @@ import msgspec
 
 from experiments.residuals import Residual, of_fit_halves, without_sources
 from experiments.validation.evaluate import Source, evaluate, fitted, in_halves
+from experiments.validation.questions import read_questions
 from experiments.validation.rows import DataError
 from meshwright.calibrate.uncertainty import FORMAT, SHIPPED, VERSION, Interval, IntervalsFile, conformal_interval
 from meshwright.errors import MeshwrightError
