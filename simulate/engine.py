@@ -18,7 +18,7 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from meshwright.errors import ScheduleError
-from meshwright.simulate.events import run_shared
+from meshwright.simulate.events import MOST_VISITS, TOO_MUCH, run_shared
 from meshwright.simulate.limits import need_room
 
 Floats = NDArray[np.float64]
@@ -330,6 +330,11 @@ def run_tasks(tasks: Tasks) -> Run:
         stuck = NOBODY
         if not _in_list_order(*arrays, executors, start, end):
             start, end, stuck = _depth_first(*arrays, executors)
+    if stuck == TOO_MUCH:
+        raise ScheduleError(
+            f"flows meet on links so often that their rates were found anew {MOST_VISITS:,} times; simulate fewer at "
+            "once, or join those that go the same way"
+        )
     if stuck != NOBODY:
         raise ScheduleError(f"the program deadlocks: task {stuck} waits, through others, for itself")
     return Run(start, end, tasks, blame)

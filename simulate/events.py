@@ -21,6 +21,8 @@ Ints = NDArray[np.int64]
 
 SETTLE = 1 << 61  # identity of "find rates anew", after all events of an instant but
 CHOOSE = 1 << 62  # "this executor chooses": CHOOSE + executor
+TOO_MUCH = -2
+MOST_VISITS = 10_000_000_000  # of a flow, to find its rate anew: minutes
 
 
 @njit(cache=True)
@@ -45,7 +47,8 @@ def run_shared(
     flow_cap: Floats,
     capacity: Floats,
 ) -> tuple[Floats, Floats, Ints, Ints, int]:
-    """Start, end, the task and the edge waited for, and a task that never started (-1: all did).
+    """Start, end, the task and the edge waited for, and a task that never started (-1: all did; ``TOO_MUCH``: nobody
+    knows, as flows met so often that it was given up).
 
     ``clock_of`` is the clock a task runs by (-1: seconds). The first ``len(rates)`` clocks are resources, each with a
     row of rates by total demand; the rest are activities of devices: ``clock_device`` and ``clock_activity`` say which,
@@ -95,7 +98,8 @@ def run_shared(
     # Each flow: bytes left, when that was read, its rate; each link: a list of its active entries.
     flows = count if flowing else 0
     left, flow_read, rate = np.zeros(flows), np.zeros(flows), np.zeros(flows)
-    flow_version = np.zeros(flows, np.int64)
+    flow_version, queued = np.zeros(flows, np.int64), np.full(flows, -1, np.int64)
+    flow_end = np.full(flows, np.inf)
     entries, links = len(flow_link), len(capacity)
     head, next_entry, entry_before = (
         np.full(links, -1, np.int64),
@@ -109,7 +113,7 @@ def run_shared(
     some_flows, some_links, new_rate = np.empty(flows, np.int64), np.empty(links, np.int64), np.zeros(flows)
     room, load, rising = np.zeros(links), np.zeros(links), np.zeros(links, np.int64)
     touched, is_touched, touching = np.empty(links, np.int64), np.zeros(links, np.bool_), 0
-    settling = False
+    settling, visits = False, 0
 
     # Executors that choose: their ready tasks by priority, as one heap each in a common array.
     choices = executors if choosing else 0
@@ -158,18 +162,28 @@ def run_shared(
                     seed, head, next_entry, owner, flow_first, flow_link, flow_stamp, link_stamp, stamp,
                     some_flows, some_links,
                 )  # fmt: skip
-                fill(
+                rounds = fill(
                     some_flows[:found], some_links[:around], flow_first, flow_link, flow_weight, flow_cap, capacity,
                     room, load, rising, new_rate,
                 )  # fmt: skip
+                visits += rounds * found
+                soonest = np.inf
                 for f in some_flows[:found]:
                     if new_rate[f] != rate[f]:
                         left[f] = max(0.0, left[f] - rate[f] * (now - flow_read[f]))
                         flow_read[f], rate[f] = now, new_rate[f]
                         flow_version[f] += 1
+                        flow_end[f] = now + left[f] / rate[f]
+                    soonest = min(soonest, flow_end[f])
+                # Whichever flow of these ends first, rates are found anew: the other ends need not be queued.
+                for f in some_flows[:found]:
+                    if flow_end[f] == soonest and queued[f] != flow_version[f]:
+                        queued[f] = flow_version[f]
                         identity = 2 * count + flow_version[f] * (clocks + count) + clocks + f
-                        size = push(keys, ids, size, now + left[f] / rate[f], identity)
+                        size = push(keys, ids, size, soonest, identity)
             touching = 0
+            if visits > MOST_VISITS:
+                return start, end, blame, blame_edge, TOO_MUCH
         elif event < count:
             task = event
             if choosing and executor[task] >= 0:
@@ -218,6 +232,7 @@ def run_shared(
             which = clock_of[starts]
             if flowing and flow_bytes[starts] > 0:
                 left[starts], flow_read[starts], rate[starts] = flow_bytes[starts], now, 0.0
+                flow_end[starts] = np.inf
                 for entry in range(flow_first[starts], flow_first[starts + 1]):
                     link = flow_link[entry]
                     next_entry[entry], entry_before[entry] = head[link], -1

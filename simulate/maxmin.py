@@ -30,8 +30,8 @@ def fill(
     load: Floats,
     rising: Ints,
     rate: Floats,
-) -> None:
-    """Write the rates of ``flows``, which use ``links`` and no others, into ``rate``.
+) -> int:
+    """Write the rates of ``flows``, which use ``links`` and no others, into ``rate``; returns the number of levels.
 
     ``left``, ``load`` and ``rising`` are scratch space, one entry a link: capacity not given out, weights of the flows
     still rising, and their number.
@@ -44,8 +44,9 @@ def fill(
             load[link[e]] += weight[e]
             rising[link[e]] += 1
     unsettled = len(flows)
-    level = 0.0
+    level, levels = 0.0, 0
     while unsettled > 0:
+        levels += 1
         reached = np.inf
         for k in links:
             if rising[k] > 0:
@@ -77,6 +78,7 @@ def fill(
                     left[k] = max(0.0, left[k] - weight[e] * rate[f])
                     load[k] -= weight[e]
                     rising[k] -= 1
+    return levels
 
 
 @njit(cache=True)
