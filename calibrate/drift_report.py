@@ -11,7 +11,12 @@ from meshwright.plan.planfile import seconds_text
 
 CERTAIN = 2.0  # standard errors
 NAMED = 3  # of the largest differences, in words
-AS_PREDICTED, INSIDE, OUTSIDE, UNPREDICTED = "as predicted", "within the file's range", "outside it", "not predicted"
+AS_PREDICTED, INSIDE, OUTSIDE, UNPREDICTED = (
+    "as predicted",
+    "in the file's range",
+    "out of the file's range",
+    "not predicted",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +99,15 @@ def report_text(drift: Drift, rows: tuple[Row, ...]) -> str:
     lines.append("")
     lines += [f"{number}. {in_words(row)}" for number, row in enumerate(rows[:NAMED], 1)]
     left = drift.step_seconds - drift.explained_step_seconds
+    rest = (
+        f"{seconds_text(left)} of the step is in no instruction"
+        if left >= 0
+        else f"waiting for each instruction costs {seconds_text(-left)} that steps without waits do not have"
+    )
     lines.append(
         f"step: predicted {seconds_text(drift.predicted_step_seconds)}, measured {seconds_text(drift.step_seconds)} "
         f"({seconds_text(drift.step_low_seconds)} to {seconds_text(drift.step_high_seconds)} in {drift.steps} steps); "
-        f"with all of the above as measured, the simulator says {seconds_text(drift.explained_step_seconds)}: "
-        f"{'-' if left < 0 else ''}{seconds_text(abs(left))} is in no instruction"
+        f"with all instructions as measured, the simulator says {seconds_text(drift.explained_step_seconds)}: {rest}"
     )
     return "\n".join(lines)
 

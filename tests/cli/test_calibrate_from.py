@@ -51,7 +51,7 @@ def test_json_is_one_object_with_the_error_before_and_after(
     assert {row["number"] for row in told["corrections"]} >= {"wire of host 0", "matmul of host 0"}
     assert told["error_fraction_before"] < -0.25
     assert abs(told["error_fraction_after"]) < 0.03
-    assert told["groups"][0]["verdict"] == "outside it"
+    assert told["groups"][0]["verdict"] == "out of the file's range"
 
 
 def test_the_model_that_nobody_knows_has_its_rates_corrected_as_one(
