@@ -7,6 +7,7 @@ right now, and the buffers of transfers on their way.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numba import njit
@@ -39,12 +40,17 @@ class Memory:
         """The most on each device of each mesh."""
         return tuple(self.peak.sum(axis=1).tolist())
 
-    def steps(self) -> tuple[tuple[MemoryStep, ...], ...]:
-        """(Seconds, bytes from then on) of each mesh."""
+    def arrays(self) -> tuple[tuple[Floats, Floats], ...]:
+        """Seconds, and bytes from then on, of each mesh."""
         first = self.first.tolist()
-        pairs = list(zip(self.seconds.tolist(), self.held_bytes.tolist(), strict=True))
+        return tuple((self.seconds[i:j], self.held_bytes[i:j]) for i, j in pairwise(first))
+
+    def steps(self) -> tuple[tuple[MemoryStep, ...], ...]:
+        """The same as pairs, and what is held before the first."""
+        static = self.static_bytes.tolist()
         return tuple(
-            ((0.0, static), *pairs[first[r] : first[r + 1]]) for r, static in enumerate(self.static_bytes.tolist())
+            ((0.0, before), *zip(seconds.tolist(), held.tolist(), strict=True))
+            for before, (seconds, held) in zip(static, self.arrays(), strict=True)
         )
 
 

@@ -51,6 +51,7 @@ def simulate(program: Program | Code | Compiled, costs: PipelineCosts) -> Timeli
         known_spans=cache(partial(_spans, program, start, end)),
         known_makespan_seconds=float(end.max(initial=0.0)),  # every Send has its Receive, which ends no earlier
         known_peak_bytes=memory.peak_bytes,
+        known_memory=memory.arrays(),
     )
 
 

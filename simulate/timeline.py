@@ -123,7 +123,7 @@ class Timeline:
 
     ``live_bytes`` holds, for each mesh, (seconds, bytes on each of its devices from then on) steps, and ``peak_parts``
     what the highest of them is made of, as (name, bytes). ``critical_path`` is the simulator's and empty in a measured
-    timeline. The last three fields are for those who know these numbers already.
+    timeline. The fields named ``known`` are for those who know these numbers already.
     """
 
     mesh_devices: tuple[tuple[int, ...], ...]
@@ -134,6 +134,7 @@ class Timeline:
     known_spans: Callable[[], Spans] | None = field(default=None, repr=False, compare=False)
     known_makespan_seconds: float | None = field(default=None, repr=False, compare=False)
     known_peak_bytes: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+    known_memory: tuple[tuple[Floats, Floats], ...] | None = field(default=None, repr=False, compare=False)
 
     @property
     def makespan_seconds(self) -> float:
@@ -166,6 +167,14 @@ class Timeline:
         if self.known_peak_bytes is not None:
             return self.known_peak_bytes
         return tuple(max((held for _, held in steps), default=0.0) for steps in self.live_bytes)
+
+    @property
+    def memory(self) -> tuple[tuple[Floats, Floats], ...]:
+        """``live_bytes`` of each mesh as two arrays: seconds, and bytes on each of its devices from then on."""
+        if self.known_memory is not None:
+            return self.known_memory
+        pairs = (np.array(steps, np.float64).reshape(-1, 2) for steps in self.live_bytes)
+        return tuple((each[:, 0], each[:, 1]) for each in pairs)
 
     @property
     def critical_seconds(self) -> dict[str, float]:

@@ -35,3 +35,10 @@ def test_nothing_has_no_bubble() -> None:
 def test_an_event_cannot_end_before_it_starts() -> None:
     with pytest.raises(ScheduleError, match="runs from 2 to 1"):
         Event(0, Forward(0, 0), 2, 1)
+
+
+def test_memory_as_arrays_is_memory_as_pairs() -> None:
+    steps = (((0.0, 4.0), (1.0, 6.0), (2.5, 4.0)), ((0.0, 1.0),))
+    timeline = Timeline(mesh_devices=((0,), (1,)), events=(), live_bytes=steps)
+    for (seconds, held), pairs in zip(timeline.memory, steps, strict=True):
+        assert tuple(zip(seconds.tolist(), held.tolist(), strict=True)) == pairs
