@@ -9,7 +9,7 @@ it says, or it is plain wrong), and Huber's loss on the groups' logarithms, so t
 times cannot explain becomes a slowdown of a phase's programs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, hypot, log, sqrt
 from statistics import median
@@ -26,6 +26,8 @@ from meshwright.plan.predict import costs_of
 
 Floats = NDArray[np.float64]
 Parts = dict[Group, dict["Number", float]]
+Rows = dict[tuple[int, Group], dict["Number", float]]  # by run
+Targets = dict[tuple[int, Group], tuple[float, float]]  # logarithm of the seconds that were found, and its error
 
 HUBER = 1.345  # standard errors beyond which a residual counts linearly: 95 % efficient on normal ones
 OUTLIER = 3.0  # standard errors that a residual counts for at most in the misfit
@@ -191,21 +193,26 @@ def file_error(cluster: Cluster, parts: Mapping[Number, float], what: str) -> fl
     return hypot(*errors)
 
 
-def fit_factors(drift: Drift, parts: Parts, cluster: Cluster) -> Fit:
-    """The factors that a run's found costs tell.
+def fit_factors(seen: Sequence[tuple[Drift, Parts]], cluster: Cluster) -> Fit:
+    """The factors that the found costs of one or several runs on one machine tell.
 
-    Numbers whose factor the run knows to be 1 stay as they are, and the others are fitted again without them; then
-    the slowdowns of the programs' phases take what is left.
+    Numbers whose factor the runs know to be 1 stay as they are, and the others are fitted without them; then the
+    slowdowns of the programs' phases take what is left.
     """
-    targets = {
-        o.group: (log(o.found_seconds), max(o.log_error, usual_error(drift, o)))
+    targets: Targets = {
+        (run, o.group): (log(o.found_seconds), max(o.log_error, usual_error(drift, o)))
+        for run, (drift, _) in enumerate(seen)
         for o in drift.observations
         if o.log_ratio is not None
     }
-    known = {group: found for group, found in parts.items() if group in targets and found}
+    known = {
+        (run, group): found
+        for run, (_, parts) in enumerate(seen)
+        for group, found in parts.items()
+        if (run, group) in targets and found
+    }
     rates = _chosen(known, targets, cluster)
-    phases = _phase_parts(known, rates)
-    slowdowns = _chosen(phases, targets, cluster)
+    slowdowns = _chosen(_phase_parts(known, rates), targets, cluster)
     return Fit({**rates.factors, **slowdowns.factors}, {**rates.kept, **slowdowns.kept})
 
 
@@ -218,7 +225,7 @@ def usual_error(drift: Drift, seen: Observation) -> float:
     )
 
 
-def _chosen(parts: Parts, targets: Mapping[Group, tuple[float, float]], cluster: Cluster) -> Fit:
+def _chosen(parts: Rows, targets: Targets, cluster: Cluster) -> Fit:
     """The fewest numbers that explain the costs: the one that explains most first, then what still adds something.
 
     Of numbers that a run cannot tell apart, the one that explains more is left to change; those that differ from 1 by
@@ -279,7 +286,7 @@ class _Equations:
     width: Floats
 
     @staticmethod
-    def of(parts: Parts, targets: Mapping[Group, tuple[float, float]], cluster: Cluster) -> "_Equations":
+    def of(parts: Rows, targets: Targets, cluster: Cluster) -> "_Equations":
         fixed = ("arithmetic", CONSTANT.kind)
         numbers = sorted({number for found in parts.values() for number in found if number.kind not in fixed})
         seconds = np.array([[found.get(number, 0.0) for number in numbers] for found in parts.values()])
@@ -288,8 +295,8 @@ class _Equations:
             numbers=numbers,
             seconds=seconds,
             rest=np.array([sum(found.values()) for found in parts.values()]) - seconds.sum(axis=1),
-            target=np.array([targets[group][0] for group in parts]),
-            noise=np.array([targets[group][1] for group in parts]),
+            target=np.array([targets[row][0] for row in parts]),
+            noise=np.array([targets[row][1] for row in parts]),
             width=np.array([_width(cluster, number) for number in numbers]),
         )
 
@@ -348,15 +355,15 @@ def _width(cluster: Cluster, number: Number) -> float:
     return UNSTATED if stated is None else min(max(stated, NARROWEST), WIDEST)
 
 
-def _phase_parts(parts: Parts, rates: Fit) -> Parts:
+def _phase_parts(rows: Rows, rates: Fit) -> Rows:
     """The parts as the rates leave them, those of kernels now in the name of their phase's slowdown."""
-    phases: Parts = {}
-    for group, found in parts.items():
+    phases: Rows = {}
+    for (run, group), found in rows.items():
         if group.what not in PHASE_OF or group.is_transfer:
             continue
         now: dict[Number, float] = {}
         for number, seconds in found.items():
             name = Number(PHASE_OF[group.what], number.host) if number.kind in KERNELS else CONSTANT
             now[name] = now.get(name, 0.0) + seconds * exp(rates.log_of(number))
-        phases[group] = now
+        phases[run, group] = now
     return phases

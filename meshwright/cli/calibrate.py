@@ -17,6 +17,7 @@ DEFAULT_OUT = "machine.json"
 DEFAULT_BUDGET_SECONDS = 120.0
 SMALLEST_BUDGET_SECONDS = 5.0
 REPORT_SHARE = 0.15  # of the budget, kept for drawing
+PROGRAMS_SHARE = 0.3  # of the budget on a CPU, kept for whole programs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--from",
-        dest="from_run",
+        dest="from_runs",
+        nargs="+",
         metavar="RUN",
-        help="measure nothing: correct the machine file by a run that `meshwright execute PLAN -o RUN` kept",
+        help="measure nothing: correct the machine file by runs that `meshwright execute PLAN -o RUN` kept",
     )
     parser.add_argument("--report", metavar="DIR", help="write a page with a picture of every fit into this folder")
     parser.add_argument("--fresh", action="store_true", help="measure all anew after an interrupted calibration")
@@ -41,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the file, print the residuals; under ``mpiexec``, rank 0 does it for as many ranks."""
-    if args.from_run is not None:
+    if args.from_runs is not None:
         from meshwright.cli.calibrate_from import correct_from
 
         if args.ranks is not None or args.report or args.fresh:
             raise ClusterError("--from measures nothing; leave out --ranks, --report and --fresh")
-        return correct_from(args.from_run, args.out, as_json=args.json)
+        return correct_from(args.from_runs, args.out, as_json=args.json)
     from meshwright.calibrate.partial import Partial
     from meshwright.calibrate.session import calibrate_machine, worker_environment
 
@@ -66,7 +68,13 @@ def run(args: argparse.Namespace) -> int:
         print(partial.notice, file=sys.stderr)
     with progress_display("calibrate") as progress:
         budget_seconds = args.budget * (1 - REPORT_SHARE if args.report else 1)
-        calibration = calibrate_machine(budget_seconds, ranks, progress, partial)
+        on_cpu = jax_runs_on_cpu()
+        share = 1 - PROGRAMS_SHARE if on_cpu else 1
+        calibration = calibrate_machine(share * budget_seconds, ranks, progress, partial)
+        left_seconds = start + budget_seconds - time.perf_counter()
+        if on_cpu and left_seconds > 0:
+            progress(1.0, "whole programs")
+            calibration = replace(calibration, cluster=with_programs(calibration.cluster, left_seconds))
     save_cluster(calibration.cluster, out)
     partial.remove()
     if args.report:

@@ -2,59 +2,98 @@
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from meshwright.calibrate.drift import Group, find_drift
+from meshwright.calibrate.drift import Drift, Group, find_drift
 from meshwright.calibrate.drift_correct import corrected_cluster, corrected_plan
-from meshwright.calibrate.drift_fit import fit_factors, parts_of
+from meshwright.calibrate.drift_fit import Parts, fit_factors, parts_of
 from meshwright.calibrate.drift_report import corrections, corrections_text, report_data, report_text, rows_of
 from meshwright.calibrate.drift_shares import kernel_shares
 from meshwright.calibrate.hardware import Cluster, load_cluster, save_cluster
 from meshwright.errors import ClusterError, ModelError
-from meshwright.execute.record import read_run
+from meshwright.execute.record import Run, read_run
 from meshwright.plan.planfile import Plan, seconds_text
 from meshwright.plan.predict import predict
 
 
-def correct_from(run_folder: str, out: str, *, as_json: bool) -> int:
-    """Report the drift of a run and write the corrected machine file.
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One run with its drift, and what its plan's costs are made of."""
+
+    folder: str
+    run: Run
+    drift: Drift
+    parts: Parts
+
+    @staticmethod
+    def read(folder: str) -> "Seen":
+        """Read a run and hold it against its prediction."""
+        run = read_run(folder)
+        shares, note = shares_of(run.plan)
+        if note:
+            print(f"{folder}: {note}", file=sys.stderr)
+        return Seen(folder, run, find_drift(run), parts_of(run.plan, shares))
+
+
+def correct_from(folders: Sequence[str], out: str, *, as_json: bool) -> int:
+    """Report the drift of one or several runs and write the machine file that they correct together.
 
     Raises:
-        MeshwrightError: the run cannot be read, was on another machine, says something impossible, or ``out`` holds the
-            file of another machine.
+        MeshwrightError: a run cannot be read, was on another machine than its plan is for or than the first one's, says
+            something impossible, or ``out`` holds the file of another machine.
     """
-    run = read_run(run_folder)
-    cluster, target = run.plan.hardware, Path(out)
+    seen = [Seen.read(folder) for folder in folders]
+    cluster, target = seen[0].run.plan.hardware, Path(out)
+    refuse_unlike(seen)
     refuse_to_replace_another(target, cluster)
-    drift = find_drift(run)
-    shares, note = shares_of(run.plan)
-    if note:
-        print(note, file=sys.stderr)
-    parts = parts_of(run.plan, shares)
-    fit = fit_factors(drift, parts, cluster)
-    better = corrected_cluster(cluster, fit, f"{Path(run_folder).absolute().name}, {run.summary.date}")
-    predicted_seconds = predict(corrected_plan(run.plan, parts, fit, better)).predicted.iteration_seconds
-    rows, changed = rows_of(drift, parts, cluster), corrections(cluster, better, fit)
-    error = predicted_seconds / drift.step_seconds - 1
+    fit = fit_factors([(one.drift, one.parts) for one in seen], cluster)
+    names = ", ".join(Path(folder).absolute().name for folder in folders)
+    better = corrected_cluster(cluster, fit, f"{names}, {max(one.run.summary.date for one in seen)}")
+    changed = corrections(cluster, better, fit)
+    predicted = [
+        predict(corrected_plan(one.run.plan, one.parts, fit, better)).predicted.iteration_seconds for one in seen
+    ]
     save_cluster(better, target)
     if as_json:
-        data = {
+        told = {
             "out": str(target),
-            "run": str(run_folder),
-            **report_data(drift, rows),
+            "runs": [
+                {
+                    "run": one.folder,
+                    **report_data(one.drift, rows_of(one.drift, one.parts, cluster)),
+                    "corrected_step_seconds": seconds,
+                    "error_fraction_before": one.drift.predicted_step_seconds / one.drift.step_seconds - 1,
+                    "error_fraction_after": seconds / one.drift.step_seconds - 1,
+                }
+                for one, seconds in zip(seen, predicted, strict=True)
+            ],
             "corrections": changed,
-            "corrected_step_seconds": predicted_seconds,
-            "error_fraction_before": drift.predicted_step_seconds / drift.step_seconds - 1,
-            "error_fraction_after": error,
         }
-        print(json.dumps(data, allow_nan=False))
+        print(json.dumps(told, allow_nan=False))
         return 0
-    print(f"{report_text(drift, rows)}\n\n{corrections_text(changed)}")
-    print(
-        f"with the corrected file the step is predicted at {seconds_text(predicted_seconds)}, {error:+.1%} off\n"
-        f"wrote {target}; plan for it with --cluster {target}"
-    )
+    for one in seen:
+        title = f"{one.folder}\n\n" if len(seen) > 1 else ""
+        print(f"{title}{report_text(one.drift, rows_of(one.drift, one.parts, cluster))}\n")
+    print(corrections_text(changed))
+    for one, seconds in zip(seen, predicted, strict=True):
+        print(
+            f"{one.folder}: with the corrected file the step is predicted at {seconds_text(seconds)}, "
+            f"{seconds / one.drift.step_seconds - 1:+.1%} off"
+        )
+    print(f"wrote {target}; plan for it with --cluster {target}")
     return 0
+
+
+def refuse_unlike(seen: Sequence[Seen]) -> None:
+    """Raise ``ClusterError`` unless all runs were planned for one and the same machine file."""
+    for other in seen[1:]:
+        if other.run.plan.cluster != seen[0].run.plan.cluster:
+            raise ClusterError(
+                f"{seen[0].folder} was planned for {seen[0].run.plan.hardware.name!r} and {other.folder} for "
+                f"{other.run.plan.hardware.name!r}, or for other numbers of it; runs correct one machine file together"
+            )
 
 
 def shares_of(plan: Plan) -> tuple[dict[Group, dict[str, float]] | None, str]:

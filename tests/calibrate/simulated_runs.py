@@ -23,6 +23,7 @@ BATCH = 16
 TWO_STAGES = Fix(data=1, tensor=1, pipeline=2, microbatches=4, schedule="1f1b", remat="none")
 FOUR_STAGES = Fix(data=1, tensor=1, pipeline=4, microbatches=8, schedule="1f1b", remat="none")
 TENSOR = Fix(data=1, tensor=2, pipeline=2, microbatches=4, schedule="1f1b", remat="none")
+LONE_STAGE = Fix(data=1, tensor=2, pipeline=1, microbatches=4, schedule="1f1b", remat="none")
 SEVERAL = 9  # steps
 WORKS = ("forward", "backward", "reduce", "update")
 

@@ -19,6 +19,7 @@ from meshwright.plan.predict import costs_of, predict
 from meshwright.plan.search import Fix
 from tests.calibrate.simulated_runs import (
     FOUR_STAGES,
+    LONE_STAGE,
     TENSOR,
     TWO_STAGES,
     graph_of,
@@ -42,7 +43,7 @@ def closed_loop(true: Cluster, fix: Fix, devices: int, seed: int = 0, *, shares:
     plan, truth = planned(machine(devices), fix), planned(true, fix)
     run = run_on(truth, plan, NOISE, seed)
     parts = parts_of(plan, kernel_shares(plan, graph_of(plan.microbatches)) if shares else None)
-    fit = fit_factors(find_drift(run), parts, plan.hardware)
+    fit = fit_factors([(find_drift(run), parts)], plan.hardware)
     better = corrected_cluster(plan.hardware, fit, "a test")
     again = planned(better, fix)
     repriced = predict(corrected_plan(plan, parts, fit, better)).predicted.iteration_seconds
@@ -113,11 +114,33 @@ def test_collectives_are_found_where_they_were_measured() -> None:
     plan, truth = planned(measured(machine(4), 1.0), TENSOR), planned(measured(machine(4), 2.5), TENSOR)
     assert collectives_number(plan.hardware, plan.stages[0].devices) == Number("collectives", 0)
     drift = find_drift(run_on(truth, plan, NOISE))
-    fit = fit_factors(drift, parts_of(plan), plan.hardware)
+    fit = fit_factors([(drift, parts_of(plan))], plan.hardware)
     assert fit.factors[Number("collectives", 0)].value == pytest.approx(2.5, rel=0.06)
     assert Number("wire", 0) not in fit.factors
     better = corrected_cluster(plan.hardware, fit, "a test")
     assert same_step(planned(better, TENSOR), truth)
+
+
+def test_runs_tell_together_what_none_tells_alone() -> None:
+    """A pipeline knows no collectives, and a lone stage of two ranks cannot tell them from its kernels."""
+
+    def measured(cluster: Cluster, factor: float) -> Cluster:
+        fit = CollectiveFit(ranks=2, latency_seconds=number(50e-6 * factor), bytes_per_second=number(4e7 / factor))
+        return with_link(cluster, lambda link: msgspec.structs.replace(link, collectives={"all_reduce": (fit,)}))
+
+    file, true = measured(machine(2), 1.0), slower_device(measured(machine(2), 3.0), 1.4)
+    seen = []
+    for fix in (TWO_STAGES, LONE_STAGE):
+        plan = planned(file, fix)
+        drift = find_drift(run_on(planned(true, fix), plan, NOISE))
+        seen.append((drift, parts_of(plan, kernel_shares(plan, graph_of(plan.microbatches)))))
+    fit = fit_factors(seen, file)
+    assert fit.factors[Number("collectives", 0)].value == pytest.approx(3.0, rel=0.1)
+    for kind in ("matmul", "memory"):
+        assert fit.factors[Number(kind, 0)].value == pytest.approx(1.4, rel=0.1)
+    better = corrected_cluster(file, fit, "a test")
+    for fix in (TWO_STAGES, LONE_STAGE):
+        assert same_step(planned(better, fix), planned(true, fix))
 
 
 def test_what_rates_cannot_explain_is_a_slowdown_of_a_phase() -> None:
@@ -129,7 +152,7 @@ def test_what_rates_cannot_explain_is_a_slowdown_of_a_phase() -> None:
     )
     truth = msgspec.structs.replace(plan, stages=stages)
     parts = parts_of(plan)
-    fit = fit_factors(find_drift(run_on(truth, plan, NOISE)), parts, plan.hardware)
+    fit = fit_factors([(find_drift(run_on(truth, plan, NOISE)), parts)], plan.hardware)
     better = corrected_cluster(plan.hardware, fit, "a test")
     again, wanted = planned(better, FOUR_STAGES), predict(truth).predicted.iteration_seconds
     assert again.predicted.iteration_seconds == pytest.approx(wanted, rel=0.03)
@@ -150,7 +173,7 @@ def test_one_strange_group_does_not_decide() -> None:
         return replace(seen, found_seconds=10 * seen.found_seconds, log_ratio=seen.log_ratio + log(10))
 
     odd: Drift = replace(drift, observations=tuple(map(tenfold, drift.observations)))
-    fit = fit_factors(odd, parts_of(plan), plan.hardware)
+    fit = fit_factors([(odd, parts_of(plan))], plan.hardware)
     assert exp(fit.log_of(Number("compute", 0))) == pytest.approx(1.4, rel=0.1)
 
 

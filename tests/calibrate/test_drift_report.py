@@ -74,7 +74,7 @@ def test_the_data_hold_what_the_table_shows() -> None:
 
 def test_corrections_name_the_number_before_and_after() -> None:
     plan, drift, _ = drifted(slower_link(machine(2), 3.0))
-    fit = fit_factors(drift, parts_of(plan), plan.hardware)
+    fit = fit_factors([(drift, parts_of(plan))], plan.hardware)
     found = corrections(plan.hardware, corrected_cluster(plan.hardware, fit, "a test"), fit)
     (row,) = found
     assert row["number"] == "wire of host 0"

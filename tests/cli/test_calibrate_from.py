@@ -49,9 +49,24 @@ def test_json_is_one_object_with_the_error_before_and_after(
     assert main(["calibrate", "--from", str(run), "--out", str(tmp_path / "machine.json"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert {row["number"] for row in told["corrections"]} >= {"wire of host 0", "matmul of host 0"}
-    assert told["error_fraction_before"] < -0.25
-    assert abs(told["error_fraction_after"]) < 0.03
-    assert told["groups"][0]["verdict"] == "out of the file's range"
+    (one,) = told["runs"]
+    assert one["error_fraction_before"] < -0.25
+    assert abs(one["error_fraction_after"]) < 0.03
+    assert one["groups"][0]["verdict"] == "out of the file's range"
+
+
+def test_runs_of_one_file_correct_it_together_and_of_two_files_do_not(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "machine.json"
+    assert main(["calibrate", "--from", str(run), str(run), "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("with the corrected file the step is predicted at") == 2
+    assert "from run, run, 2026-11-23" in load_cluster(out).hosts[0].link.bytes_per_second.source
+    other = planned(slower_link(machine(4), 2.0), FOUR_STAGES)
+    found = run_on(other, other)
+    write_run(tmp_path / "other", found.plan, found.steps, found.summary)
+    assert "one machine file together" in failed(capsys, "--from", str(run), str(tmp_path / "other"), "--out", str(out))
 
 
 def test_the_model_that_nobody_knows_has_its_rates_corrected_as_one(
@@ -101,7 +116,7 @@ def test_a_real_run_corrects_the_shipped_cpu(tmp_path: Path) -> None:
     fixed = ["--fix", "pipeline=2", "--fix", "microbatches=4", "--fix", "data=1", "--fix", "tensor=1"]
     meshwright("plan", model, "--cluster", "cpu:2", "--batch", "16", "-o", "plan.json", *fixed)
     meshwright("execute", "plan.json", "-o", "run", "--steps", "20", "--quiet")
-    told = json.loads(meshwright("calibrate", "--from", "run", "--out", "machine.json", "--json"))
+    told = json.loads(meshwright("calibrate", "--from", "run", "--out", "machine.json", "--json"))["runs"][0]
     assert abs(told["error_fraction_after"]) < 0.35
     assert abs(told["error_fraction_after"]) <= abs(told["error_fraction_before"]) + 0.05
     assert load_cluster(tmp_path / "machine.json").devices == 2
