@@ -7,6 +7,7 @@ Times are those of the CPU, not of the wall, and scaled by how much slower than 
 so that other work on the machine counts little.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -29,6 +30,7 @@ FORWARD, BACKWARD, ONCE = PHASES
 MICROBATCHES = 2
 WARM_STEPS = 2
 STEPS = 10
+LEAST = 3  # references that a fit needs
 MATMULS = 15  # between two steps
 REFERENCE_SIZE = 256  # of the matmul between steps
 
@@ -184,12 +186,16 @@ def _inverse(quantity: Quantity) -> Quantity:
     return Quantity(1 / quantity.value, quantity.source, 1 / high, 1 / low)
 
 
-def with_programs(cluster: Cluster) -> Cluster:
+def with_programs(cluster: Cluster, budget_seconds: float = math.inf) -> Cluster:
     """The cluster of one CPU host with ``programs`` measured on one rank of it, in a process of its own.
+
+    Within a budget as many references are measured as there is time for; of fewer than ``LEAST``, nothing is told and
+    the cluster stays as it is.
 
     Raises:
         ExecutionError: the measuring process failed.
     """
+    deadline = time.time() + budget_seconds
     host = cluster.hosts[0]
     bare = msgspec.structs.replace(host.device, programs={})
     one = msgspec.structs.replace(cluster, hosts=(msgspec.structs.replace(host, device=bare).resized(1),))
@@ -197,22 +203,30 @@ def with_programs(cluster: Cluster) -> Cluster:
         machine = Path(folder) / "machine.json"
         save_cluster(one, machine)
         out = Path(folder) / "steps.json"
-        command = [sys.executable, "-m", "meshwright.calibrate.programs", str(machine), str(out)]
+        command = [sys.executable, "-m", "meshwright.calibrate.programs", str(machine), str(out), str(deadline)]
         environment = {**worker_environment(os.environ), "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = [line.strip() for line in done.stderr.splitlines() if line.strip()][-1:] or ["it said nothing"]
             raise ExecutionError(f"measuring programs failed with exit code {done.returncode} ({last[0]})")
         steps = msgspec.json.decode(out.read_bytes(), type=list[Step])
+    if len(steps) < LEAST:
+        return cluster
     measured = f"measured {time.strftime('%Y-%m-%d', time.gmtime())}"
     device = msgspec.structs.replace(bare, programs=fit_phases(steps, bare.dispatch_seconds.value, measured))
     return msgspec.structs.replace(cluster, hosts=(msgspec.structs.replace(host, device=device),))
 
 
-def main(machine: str, out: str) -> int:
-    """Measure every reference on the machine of this file and write the steps."""
-    cluster = load_cluster(machine)
-    Path(out).write_bytes(msgspec.json.encode([measure_reference(cluster, each) for each in REFERENCES]))
+def main(machine: str, out: str, deadline: str) -> int:
+    """Measure references on the machine of this file while there is time for one like the longest; write the steps."""
+    cluster, steps, longest = load_cluster(machine), [], 0.0
+    for reference in REFERENCES:
+        start = time.time()
+        if start + longest > float(deadline):
+            break
+        steps.append(measure_reference(cluster, reference))
+        longest = max(longest, time.time() - start)
+    Path(out).write_bytes(msgspec.json.encode(steps))
     return 0
 
 

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,9 @@ from meshwright.calibrate.timing import ComputeTimings, Measured, NetworkTimings
 from meshwright.errors import ExecutionError
 from meshwright.ranks import single_threaded
 
-COMPUTE_SHARE = 0.45  # of the budget; the rest is for the links, which have more processes to start
+COMPUTE_SHARE = 0.4  # of the budget
+PROGRAMS_SHARE = 0.27  # on a CPU, for whole programs; what is left is for the links
+LEAST_PROGRAMS_SECONDS = 20.0  # in less, too few programs are compiled and timed to tell anything
 ENDING_SHARE = 0.08  # kept for the measurement under way when the time is over, for ending the ranks and for the fits
 GRACE_SECONDS = 60.0  # past the deadline, before a worker counts as stuck
 RUN_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -34,6 +37,8 @@ def calibrate_machine(
     budget_seconds: float, ranks: int, progress: Progress, partial: Partial | None = None
 ) -> Calibration:
     """Measure this machine within a budget of wall time and return its cluster.
+
+    On a CPU whole programs are measured too (``calibrate.programs``), if the budget has time for them.
 
     Args:
         ranks: MPI ranks for the links; 1 leaves them out.
@@ -63,17 +68,26 @@ def calibrate_machine(
         if partial:
             partial.finish(compute)
     network = None
+    programs_seconds = PROGRAMS_SHARE * (deadline - start) if compute.platform == "cpu" else 0.0
+    if programs_seconds < LEAST_PROGRAMS_SECONDS:
+        programs_seconds = 0.0
     if mpiexec is not None and compute.platform == "cpu":
         network = _run_worker(
-            [mpiexec, "--oversubscribe", "-n", str(ranks), *worker, "network", str(deadline)],
+            [mpiexec, "--oversubscribe", "-n", str(ranks), *worker, "network", str(deadline - programs_seconds)],
             {**environment, **RUN_AS_ROOT, "JAX_PLATFORMS": "cpu"},
             deadline + GRACE_SECONDS,
-            lambda done, text: progress(share + (1 - share) * done, text),
+            lambda done, text: progress(share + (1 - share - PROGRAMS_SHARE) * done, text),
             NetworkTimings,
         )
-    progress(1.0, "fit")
     measured = f"measured {time.strftime('%Y-%m-%d', time.gmtime(start))} with jax {compute.jax_version}"
-    return assemble(compute, network, measured)
+    calibration = assemble(compute, network, measured)
+    if programs_seconds:
+        from meshwright.calibrate.programs import with_programs
+
+        progress(1.0 - PROGRAMS_SHARE, "whole programs")
+        calibration = replace(calibration, cluster=with_programs(calibration.cluster, deadline - time.time()))
+    progress(1.0, "fit")
+    return calibration
 
 
 def find_mpiexec() -> str:

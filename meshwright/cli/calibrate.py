@@ -17,7 +17,6 @@ DEFAULT_OUT = "machine.json"
 DEFAULT_BUDGET_SECONDS = 120.0
 SMALLEST_BUDGET_SECONDS = 5.0
 REPORT_SHARE = 0.15  # of the budget, kept for drawing
-PROGRAMS_SHARE = 0.3  # of the budget on a CPU, kept for whole programs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,13 +67,7 @@ def run(args: argparse.Namespace) -> int:
         print(partial.notice, file=sys.stderr)
     with progress_display("calibrate") as progress:
         budget_seconds = args.budget * (1 - REPORT_SHARE if args.report else 1)
-        on_cpu = jax_runs_on_cpu()
-        share = 1 - PROGRAMS_SHARE if on_cpu else 1
-        calibration = calibrate_machine(share * budget_seconds, ranks, progress, partial)
-        left_seconds = start + budget_seconds - time.perf_counter()
-        if on_cpu and left_seconds > 0:
-            progress(1.0, "whole programs")
-            calibration = replace(calibration, cluster=with_programs(calibration.cluster, left_seconds))
+        calibration = calibrate_machine(budget_seconds, ranks, progress, partial)
     save_cluster(calibration.cluster, out)
     partial.remove()
     if args.report:
