@@ -1,14 +1,12 @@
 """Plans of unlike stages that Aceso found and Mist's authors measured → cases.
 
-A plan cuts GPT between operators: 13 of each layer, one before the first. Our stages are whole layers, so a border goes
-to the nearest one between layers (a stage is then wrong by at most a layer), and a stage has one recompute policy: of
-its operators that are recomputed, more than half is ``full``, fewer ``selective`` (most often the attention core).
+A plan cuts GPT between operators: 13 of each layer, in the order of our pieces, one before the first, two after the
+last (these stay on the last stage, wherever the plan has them), and says of each whether it is recomputed.
 
 Source: Zhu et al., Mist, EuroSys 2025, artifact, which runs Aceso (Liu et al., EuroSys 2024) on its own runtime.
 """
 
 import json
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import msgspec
 from experiments.validation.cases import Case, system_of
 from experiments.validation.rows import DataError, Refused, Row
 from meshwright.calibrate.hardware import Cluster, parse_cluster
-from meshwright.simulate.workload.grid import Grid, Recompute
+from meshwright.simulate.workload.grid import Grid
 from meshwright.simulate.workload.stack import find_stack
 from meshwright.simulate.workload.transformer import Transformer
 
@@ -64,8 +62,7 @@ def plan_case(plan: dict[str, Any], number: int = 1) -> Case:
         batch=plan["global_batch_size"],
         microbatch_size=plan["micro_batch_size"],
         pipeline=plan["num_stages"],
-        layers_per_stage=whole_layers(config["num_ops_in_each_stage"], plan["num_layers"]),
-        recompute_per_stage=tuple(nearest_policy(flags) for flags in recomputed),
+        operators_per_stage=layer_operators(recomputed, plan["num_layers"]),
         tensor_per_mesh=_tensors(config),
         fused_attention=False,
     )
@@ -73,24 +70,25 @@ def plan_case(plan: dict[str, Any], number: int = 1) -> Case:
     cells = {"source_id": SOURCE, "hardware": hardware, "framework": "Aceso's runtime", "model": plan["config"]}
     if plan.get("max_allocated_MB"):
         cells["mem_gib"] = str(plan["max_allocated_MB"] / 1024)
-    assumed = ("vocabulary of 51,200", "unfused attention", "borders between whole layers", "a policy for each stage")
+    assumed = ("vocabulary of 51,200", "unfused attention", "recomputed operators one by one")
     row = Row(number, cells)
     stack = find_stack(STACK, system_of(row))
     return Case(row, model, _cluster(plan), grid, stack, plan["measured_iter_ms"] / 1e3, assumed)
 
 
-def whole_layers(operators: list[int], layers: int) -> tuple[int, ...]:
-    """Layers of each stage of so many operators, borders moved to the nearest between layers."""
-    ends = [round((end - FIRST_OPERATOR) / LAYER_OPERATORS) for end in accumulate(operators)]
-    borders = [0, *(min(max(end, 0), layers) for end in ends[:-1]), layers]
-    return tuple(after - before for before, after in pairwise(borders))
+def layer_operators(recomputed: list[list[int]], layers: int) -> tuple[tuple[bool, ...], ...]:
+    """Of each stage's operators those of layers: not the embedding's, nor final norm and logits.
 
-
-def nearest_policy(recomputed: list[int]) -> Recompute:
-    """The policy that is most like a stage's operators, of which 1 stands for recomputed."""
-    if not any(recomputed):
-        return "none"
-    return "full" if 2 * sum(recomputed) > len(recomputed) else "selective"
+    Raises:
+        Refused: there are too few.
+    """
+    flags = [[bool(flag) for flag in stage] for stage in recomputed]
+    flags[0] = flags[0][FIRST_OPERATOR:]
+    spare = sum(map(len, flags)) - LAYER_OPERATORS * layers
+    if not 0 <= spare <= len(flags[-1]):
+        raise Refused("operators are not those of the layers", f"{spare} more or fewer")
+    flags[-1] = flags[-1][: len(flags[-1]) - spare]
+    return tuple(tuple(stage) for stage in flags)
 
 
 def _tensors(config: dict[str, Any]) -> tuple[int, ...]:

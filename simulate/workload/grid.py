@@ -1,6 +1,7 @@
 """How a transformer's step is laid out over devices."""
 
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from meshwright.errors import PlanError
@@ -18,7 +19,8 @@ class Grid:
     ``data`` counts replicas of the dense weights' grid along which the batch is split; ``expert`` splits the experts
     over ``expert`` neighbours of these (and of ``context``). ``zero`` is the ZeRO stage over data and context: 1 shards
     the optimizer, 2 also gradients, 3 also weights (FSDP). ``layers_per_stage``, ``recompute_per_stage`` and
-    ``tensor_per_mesh`` are for stages that are not alike.
+    ``tensor_per_mesh`` are for stages that are not alike; ``operators_per_stage`` (see ``parts``) instead of the
+    first two for stages that begin or end inside a layer.
 
     Devices are numbered tensor fastest, then context, data, pipeline (Megatron-LM's and DeepSpeed's order).
     """
@@ -39,6 +41,7 @@ class Grid:
     layers_per_stage: tuple[int, ...] | None = None
     recompute_per_stage: tuple[Recompute, ...] | None = None  # None: ``recompute`` on all
     tensor_per_mesh: tuple[int, ...] | None = None  # None: ``tensor`` on all
+    operators_per_stage: tuple[tuple[bool, ...], ...] | None = None  # of its layers: whether each is recomputed
 
     def __post_init__(self) -> None:
         for name in ("batch", "microbatch_size", "tensor", "pipeline", "data", "context", "expert", "chunks"):
@@ -73,10 +76,20 @@ class Grid:
             )
         if self.layers_per_stage is not None and len(self.layers_per_stage) != self.stages:
             raise PlanError(f"layers_per_stage names {len(self.layers_per_stage)} stages; the grid has {self.stages}")
+        if self.operators_per_stage is not None:
+            self._check_operators(self.operators_per_stage)
         if self.recompute_per_stage is not None and len(self.recompute_per_stage) != self.stages:
             raise PlanError(
                 f"recompute_per_stage names {len(self.recompute_per_stage)} stages; the grid has {self.stages}"
             )
+
+    def _check_operators(self, operators: tuple[tuple[bool, ...], ...]) -> None:
+        if len(operators) != self.stages:
+            raise PlanError(f"operators_per_stage names {len(operators)} stages; the grid has {self.stages}")
+        if self.layers_per_stage is not None or self.recompute_per_stage is not None:
+            raise PlanError("operators_per_stage says layers and recomputation; leave out the others of each stage")
+        if self.zero == 3:
+            raise PlanError("zero 3 gathers whole layers, which operators_per_stage may cut; use zero 2 at most")
 
     @property
     def mesh_devices(self) -> int:
@@ -122,8 +135,17 @@ class Grid:
 
     @property
     def recomputes(self) -> tuple[Recompute, ...]:
-        """What each stage computes again in its backward."""
+        """What each stage computes again in its backward; of operators, the policy that is most like theirs."""
+        if self.operators_per_stage is not None:
+            return tuple(nearest_policy(flags) for flags in self.operators_per_stage)
         return self.recompute_per_stage or (self.recompute,) * self.stages
+
+
+def nearest_policy(recomputed: tuple[bool, ...]) -> Recompute:
+    """The policy that is most like operators of which some are recomputed: more than half is ``full``."""
+    if not any(recomputed):
+        return "none"
+    return "full" if 2 * sum(recomputed) > len(recomputed) else "selective"
 
 
 def stage_layers(model: Transformer, grid: Grid) -> tuple[int, ...]:
@@ -133,6 +155,8 @@ def stage_layers(model: Transformer, grid: Grid) -> tuple[int, ...]:
         PlanError: they cannot be so, or do not add up to the model's.
     """
     stages = grid.stages
+    if grid.operators_per_stage is not None:
+        return whole_layers(tuple(map(len, grid.operators_per_stage)), model.layers)
     if grid.layers_per_stage is not None:
         counts = grid.layers_per_stage
         if sum(counts) != model.layers or min(counts) < 0:
@@ -148,6 +172,13 @@ def stage_layers(model: Transformer, grid: Grid) -> tuple[int, ...]:
         f"{model.layers} layers do not split over {stages} stages. Use {below or stages} or {below + stages} layers "
         "(or 2 fewer), another pipeline, or give layers_per_stage."
     )
+
+
+def whole_layers(operators: tuple[int, ...], layers: int) -> tuple[int, ...]:
+    """Layers of each stage of so many operators, borders moved to the nearest between layers."""
+    total = sum(operators)
+    borders = [0, *(round(end / total * layers) for end in accumulate(operators))]
+    return tuple(after - before for before, after in pairwise(borders))
 
 
 def spread_layers(layers: int, stages: int) -> tuple[int, ...]:

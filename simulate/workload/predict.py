@@ -21,6 +21,7 @@ from meshwright.simulate.schedules.table import find_schedule
 from meshwright.simulate.timeline import Parts, Timeline
 from meshwright.simulate.topology import SubMesh, hop_link
 from meshwright.simulate.workload.grid import RECOMPUTES, Grid, Recompute, check_grid, stage_layers
+from meshwright.simulate.workload.parts import Part, border_bytes, part_at
 from meshwright.simulate.workload.pieces import Local
 from meshwright.simulate.workload.placement import Prices, mesh_at, message_factor, nearer, unlike_devices
 from meshwright.simulate.workload.stack import Stack
@@ -171,7 +172,7 @@ def _stages(local: Local, cluster: Cluster, homes: tuple[int, ...]) -> tuple[Sta
 
     Of a mesh over unlike hosts, the slowest counts: the others wait for it.
     """
-    kinds: dict[tuple[int, bool, bool, int, int, Recompute], Stage] = {}
+    kinds: dict[tuple[float, bool, bool, int, int, Recompute, Part | None], Stage] = {}
     prices: dict[tuple[int, int], tuple[Prices, ...]] = {}
     stages = []
     for number, (layers, home) in enumerate(zip(stage_layers(local.model, local.grid), homes, strict=True)):
@@ -184,9 +185,12 @@ def _stages(local: Local, cluster: Cluster, homes: tuple[int, ...]) -> tuple[Sta
                 Prices(cluster, own, first_device, local.model.dtype, local.stack, priced_device=device)
                 for device in unlike_devices(cluster, own, first_device)
             )
-        key = (layers, number == 0, number == local.grid.stages - 1, *where, own.recompute)
+        here = replace(local, grid=own)
+        part = part_at(here, number)
+        held = part.layers if part else layers
+        key = (held, number == 0, number == local.grid.stages - 1, *where, own.recompute, part)
         if key not in kinds:
-            alike = [Stage(replace(local, grid=own), each, *key[:3]) for each in prices[where]]
+            alike = [Stage(here, each, *key[:3], part) for each in prices[where]]
             kinds[key] = max(alike, key=lambda stage: stage.forward.seconds + stage.backward.seconds)
         stages.append(kinds[key])
     return tuple(stages)
@@ -228,7 +232,9 @@ def _transfers(
     for stage in range(grid.stages - 1):
         for source, target, what in ((stage, stage + 1, "activation"), (stage + 1, stage, "cotangent")):
             if homes[source] != homes[target]:
-                received = held / grid.tensors[homes[target]] if spread else held
+                own = replace(local, grid=grid.seen_from(target, homes[target]))
+                needed = border_bytes(own, stage + 1)
+                received = needed / grid.tensors[homes[target]] if spread else needed
                 hop = cost(source, target, received)
                 later = hop._replace(
                     latency_seconds=hop.latency_seconds + gather_seconds(target), buffer_bytes=received

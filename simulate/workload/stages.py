@@ -22,6 +22,7 @@ from meshwright.simulate.workload.block import (
     recomputed,
     weight_gradient,
 )
+from meshwright.simulate.workload.parts import Part
 from meshwright.simulate.workload.pieces import Local, Piece, embedding_pieces, head_pieces, layer_pieces
 from meshwright.simulate.workload.placement import Prices
 
@@ -51,9 +52,10 @@ class Stage:
 
     local: Local
     prices: Prices
-    layers: int
+    layers: float
     first: bool
     last: bool
+    part: Part | None = None  # None: whole layers, recomputed as the grid says
 
     # Time
 
@@ -71,8 +73,7 @@ class Stage:
     @cached_property
     def input_gradient(self) -> Played:
         """One micro-batch's input-gradient, recomputation included."""
-        again = recomputed(self._layer, self.local.grid.recompute)
-        return self._played(joined(again, input_gradient(self._layer)), input_gradient)
+        return self._played(joined(self._again, input_gradient(self._layer)), input_gradient)
 
     @cached_property
     def weight_gradient(self) -> Played:
@@ -88,8 +89,8 @@ class Stage:
         kind: CollectiveKind = "reduce_scatter" if zero else "all_reduce"
         if not (stack.overlapped_gradients and self.layers):
             return self._seconds(self._over_replicas(self.weights, stack.sent_gradient_bytes, kind))
-        beside = self._play(layered(self._layer_backward, self.layers, scatters=self._gradient_sums(kind)))
-        alone = self._play(layered(self._layer_backward, self.layers))
+        beside = self._play(layered(self._layer_backward, self._repeats, scatters=self._gradient_sums(kind)))
+        alone = self._play(layered(self._layer_backward, self._repeats))
         embedding = Weights(self._end_parameters[0])  # its gradient is ready last, with nothing to run beside
         after = self._seconds(self._over_replicas(embedding, stack.sent_gradient_bytes, kind))
         return max(0.0, beside.seconds - alone.seconds) + after
@@ -138,14 +139,14 @@ class Stage:
     @property
     def saved_bytes(self) -> float:
         """Activations of one micro-batch between its forward and its backward."""
-        saved = self.layers * activations.layer_bytes(self.local)
+        saved = self.layers * self._layer_bytes
         saved += activations.embedding_bytes(self.local) if self.first else 0.0
         return saved + (activations.head_bytes(self.local) if self.last else 0.0)
 
     @property
     def weight_saved_bytes(self) -> float:
         """What of them stays between the two halves of a split backward."""
-        kept = self.layers * activations.weight_gradient_bytes(self.local)
+        kept = self.layers * min(activations.weight_gradient_bytes(self.local), self._layer_bytes)
         return kept + (activations.head_weight_gradient_bytes(self.local) if self.last else 0.0)
 
     @property
@@ -153,7 +154,7 @@ class Stage:
         """What the recomputation of one layer brings back for its backward."""
         if not self.layers:
             return 0.0
-        return activations.layer_bytes(self.local, kept="none") - activations.layer_bytes(self.local)
+        return activations.layer_bytes(self.local, kept="none") - self._layer_bytes
 
     def costs(self, devices: Sequence[int], *, split: bool) -> StageCosts:
         """What the simulator wants to know; with ``split``, the halves of the backward too."""
@@ -173,15 +174,39 @@ class Stage:
             transient_bytes=self.transient_bytes,
         )
 
+    @property
+    def _layer_bytes(self) -> float:
+        """What one layer keeps; where operators are recomputed one by one, in the mean of the stage."""
+        if self.part is None:
+            return activations.layer_bytes(self.local)
+        full, selective, none = (
+            activations.layer_bytes(self.local, kept=policy) for policy in ("full", "selective", "none")
+        )
+        rest = (selective - full) * (1.0 - self.part.rest_share)
+        return full + rest + (none - selective) * (1.0 - self.part.core_share)
+
     # What both are made of
 
     @cached_property
     def _layer(self) -> tuple[Piece, ...]:
-        return layer_pieces(self.local)
+        """A layer, or all that the stage holds of them where it begins or ends inside one."""
+        return layer_pieces(self.local) if self.part is None else self.part.pieces
 
     @cached_property
     def _layer_backward(self) -> Operations:
-        return joined(recomputed(self._layer, self.local.grid.recompute), self._whole(self._layer))
+        return joined(self._again, self._whole(self._layer))
+
+    @cached_property
+    def _again(self) -> Operations:
+        """What the backward computes again."""
+        if self.part is not None:
+            return forward(self.part.again)
+        return recomputed(self._layer, self.local.grid.recompute)
+
+    @property
+    def _repeats(self) -> int:
+        """Times that ``_layer`` is played."""
+        return int(self.layers) if self.part is None else 1
 
     @cached_property
     def _ends(self) -> tuple[tuple[Piece, ...], ...]:
@@ -219,7 +244,7 @@ class Stage:
         for pieces in self._ends:
             whole += self._play(ends(pieces))
         if self.local.grid.zero != 3:
-            return whole + (self._play(layer, repeat=self.layers) if self.layers else Played())
+            return whole + (self._play(layer, repeat=self._repeats) if self.layers else Played())
         size = self.local.model.dtype_bytes
         root = self._over_replicas(Weights(sum(self._end_parameters)), size, "all_gather")
         if scatters:
@@ -227,7 +252,7 @@ class Stage:
             root += self._over_replicas(Weights(sum(self._end_parameters)), sent, "reduce_scatter")
         alone = self._seconds(root)
         gathers = self._over_replicas(self._layer_weights, size, "all_gather")
-        layers = layered(layer, self.layers, gathers=gathers, scatters=scatters)
+        layers = layered(layer, self._repeats, gathers=gathers, scatters=scatters)
         return whole + Played(alone, alone) + self._play(layers)
 
     def _play(self, operations: Operations, repeat: int = 1) -> Played:
@@ -238,8 +263,10 @@ class Stage:
         return Played(run.seconds, run.exposed_communication_seconds)
 
     def _gradient_sums(self, kind: CollectiveKind) -> tuple[Collective, ...]:
-        """The sum of one layer's gradients."""
-        return self._over_replicas(self._layer_weights, self.local.stack.sent_gradient_bytes, kind)
+        """The sum of the gradients of what is played at once: a layer, or a part."""
+        layer, lap = self._layer_weights, self.part.layers if self.part else 1
+        weights = Weights(lap * layer.dense, lap * layer.routed)
+        return self._over_replicas(weights, self.local.stack.sent_gradient_bytes, kind)
 
     def _over_replicas(self, weights: Weights, bytes_each: float, kind: CollectiveKind) -> tuple[Collective, ...]:
         """Collectives of weights among those that hold the same ones."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from experiments.validation.mist import nearest_policy, plan_case, read_plans, whole_layers
+from experiments.validation.mist import layer_operators, plan_case, read_plans
 from experiments.validation.rows import DataError, Refused
 
 PLANS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "mist" / "measured_plans_full.json"
@@ -26,19 +26,18 @@ def plan(**changes: Any) -> dict[str, Any]:
 
 def test_a_plan_becomes_a_grid_of_unlike_stages() -> None:
     case = plan_case(plan())
-    assert case.grid.layers_per_stage == (1, 1)
+    assert case.grid.operators_per_stage == ((False,) * 4 + (True,) * 2 + (False,) * 7, (True,) * 13)
     assert case.grid.tensor_per_mesh == (1, 2)
-    assert case.grid.recompute_per_stage == ("selective", "full")
     assert (case.cluster.devices, case.measured_seconds) == (3, 1.5)
 
 
-def test_borders_go_to_the_nearest_place_between_layers() -> None:
-    assert whole_layers([1 + 13 + 6, 7 + 13], layers=3) == (1, 2)
-    assert whole_layers([1 + 13 + 7, 6 + 13 + 2], layers=3) == (2, 1)
+def test_embedding_and_logits_are_not_operators_of_a_layer() -> None:
+    assert layer_operators([[1, *(0,) * 15], [0] * 10 + [1, 1]], layers=2) == ((False,) * 15, (False,) * 10 + (True,))
 
 
-def test_half_of_the_operators_is_not_yet_full_recomputation() -> None:
-    assert [nearest_policy(flags) for flags in ([0, 0], [1, 0], [1, 1, 0])] == ["none", "selective", "full"]
+def test_too_few_operators_are_refused() -> None:
+    with pytest.raises(Refused, match="-1 more or fewer"):
+        layer_operators([[0] * 13], layers=1)
 
 
 def test_operators_of_a_stage_that_are_split_differently_are_refused() -> None:
