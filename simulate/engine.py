@@ -18,6 +18,7 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from meshwright.errors import ScheduleError
+from meshwright.simulate.bottleneck import bottlenecks
 from meshwright.simulate.events import MOST_VISITS, TOO_MUCH, run_shared
 from meshwright.simulate.limits import need_room
 
@@ -320,10 +321,11 @@ def run_tasks(tasks: Tasks) -> Run:
         ScheduleError: tasks wait for each other in a circle; the message names one of them.
     """
     executors = _executors(tasks)
-    arrays = (tasks.duration_seconds, tasks.executor, tasks.edge_start, tasks.edge_from, tasks.edge_latency_seconds)
+    simpler = _with_equal_shares(tasks)
+    arrays = (simpler.duration_seconds, tasks.executor, tasks.edge_start, tasks.edge_from, tasks.edge_latency_seconds)
     blame = None
     if tasks.share:
-        start, end, *blamed, stuck = run_shared(*arrays, executors, *_shared(tasks))
+        start, end, *blamed, stuck = run_shared(*arrays, executors, *_shared(simpler))
         blame = (blamed[0], blamed[1])
     else:
         start, end = np.empty(tasks.count), np.empty(tasks.count)  # NumPy asks for huge pages, compiled code does not
@@ -342,6 +344,31 @@ def run_tasks(tasks: Tasks) -> Run:
 
 def _executors(tasks: Tasks) -> int:
     return int(tasks.executor.max(initial=NOBODY)) + 1
+
+
+def _with_equal_shares(tasks: Tasks) -> Tasks:
+    """The same tasks; flows that one link alone holds back run on a resource instead."""
+    flows = tasks.flows
+    if flows is None:
+        return tasks
+    only, seconds = bottlenecks(
+        flows.bytes, flows.first, flows.link, flows.weight, flows.bytes_per_second, flows.link_bytes_per_second
+    )
+    found = only != NOBODY
+    if not found.any():
+        return tasks
+    links, which = np.unique(only[found], return_inverse=True)
+    resource, before = tasks.resource.copy(), len(tasks.resource_rates)
+    resource[found] = before + which
+    rest = np.where(found, 0.0, flows.bytes)
+    return replace(
+        tasks,
+        duration_seconds=np.where(found, seconds, tasks.duration_seconds),
+        resource=resource,
+        demand=np.where(found, 1, tasks.demand),
+        resource_rates=tasks.resource_rates + ((1.0,),) * len(links),
+        flows=replace(flows, bytes=rest) if rest.any() else None,
+    )
 
 
 def _shared(tasks: Tasks) -> tuple[Any, ...]:

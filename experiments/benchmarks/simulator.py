@@ -26,6 +26,17 @@ from meshwright.simulate.program import Backward, Forward, compute_only
 
 FORWARD_SECONDS, BACKWARD_SECONDS, HOP_SECONDS = 1.0, 2.0, 0.1
 LATTICE_WIDTH = 64
+MOST_CAPPED = 10**3  # flows, whose time grows with their square
+INCLUDED = {
+    "ratio_to_simpy": "the makespan, and the memory of each device over time as arrays; the program is compiled before",
+    "ratio_to_simpy_whole": "the same, and the program made from the schedule's name and compiled",
+    "ratio_to_simpy_read": "as ratio_to_simpy, and every event and step of memory made a Python object",
+    "simpy_seconds": "SimPy's events; its rows are made before, and it keeps no memory timeline",
+    "contended_seconds": "8 resources that tasks share equally, in virtual time: no max-min flows",
+    "one_link_seconds": "flows that one link alone holds back, in virtual time",
+    "pairs_seconds": "max-min fair flows over two links each at a tenth of the load",
+    "capped_seconds": "max-min fair flows over one link, every second one with a cap: quadratic",
+}
 
 
 def equal_stages(stages: int, scale: float = 1.0) -> PipelineCosts:
@@ -91,8 +102,13 @@ def lattice(tasks: int, shared: bool) -> Tasks:
 
 
 def incast(flows: int) -> Tasks:
-    """So many flows of unlike sizes into one link, at most of the time half of them at once: max-min fair rates."""
+    """So many flows of unlike sizes into one link, most of them at once; it alone holds them back."""
     return _flows(flows, np.zeros((flows, 1), np.int64), np.array([flows / 2.0]))
+
+
+def capped_incast(flows: int) -> Tasks:
+    """The same with a cap for every second flow, so that each start and end finds all max-min rates anew."""
+    return _flows(flows, np.zeros((flows, 1), np.int64), np.array([flows / 2.0]), np.tile([np.inf, 0.5], flows))
 
 
 def pairs(flows: int) -> Tasks:
@@ -101,7 +117,7 @@ def pairs(flows: int) -> Tasks:
     return _flows(flows, links, np.full(flows, 10.0))
 
 
-def _flows(flows: int, links: Any, capacity: Any) -> Tasks:
+def _flows(flows: int, links: Any, capacity: Any, caps: Any = np.inf) -> Tasks:
     """Flows of 1 to 2 bytes that start at random within a second."""
     rng = np.random.default_rng(0)
     starts, sizes, nothing = rng.random(flows), 1.0 + rng.random(flows), np.zeros(flows)
@@ -113,6 +129,7 @@ def _flows(flows: int, links: Any, capacity: Any) -> Tasks:
         waits + [[(i, 0.0)] for i in range(flows)],
         flow_bytes=np.concatenate([nothing, sizes]),
         flow_links=(first, links.ravel()),
+        flow_bytes_per_second=caps,
         link_bytes_per_second=capacity,
     )
 
@@ -175,9 +192,12 @@ def measure(repeats: int = 5, largest: int = 10**7) -> dict[str, Any]:
             }
         )
     flows = []
-    for size in (100, 1000, 4000):
+    for size in (10**2, 10**3, 10**4, 10**5):
         entry: dict[str, Any] = {"flows": size}
-        for name, tasks in (("one_link", incast(size)), ("pairs", pairs(size))):
+        made = {"one_link": incast(size), "pairs": pairs(size)}
+        if size <= MOST_CAPPED:
+            made["capped"] = capped_incast(size)
+        for name, tasks in made.items():
             entry[f"{name}_seconds"] = best_seconds(lambda tasks=tasks: run_tasks(tasks), 1)  # type: ignore[misc]
         flows.append(entry)
     return {
@@ -191,6 +211,7 @@ def measure(repeats: int = 5, largest: int = 10**7) -> dict[str, Any]:
         "step_seconds": step_seconds,
         "plans_per_second": len(plans) / plans_seconds,
         "step_64x1024_seconds": large_seconds,
+        "included": INCLUDED,
         "growth": growth,
         "flows": flows,
         "growth_exponent": growth_exponent(growth),
@@ -205,7 +226,7 @@ def growth_exponent(growth: list[dict[str, Any]]) -> float:
     return float(np.polyfit(tasks, seconds, 1)[0])
 
 
-def plot(growth: list[dict[str, Any]], path: str) -> None:
+def plot(growth: list[dict[str, Any]], flows: list[dict[str, Any]], path: str) -> None:
     """Draw time over size against the line that n log n would take from the smallest size."""
     from matplotlib.figure import Figure
 
@@ -224,7 +245,14 @@ def plot(growth: list[dict[str, Any]], path: str) -> None:
     )
     line = seconds[0] * tasks * np.log(tasks) / (tasks[0] * np.log(tasks[0]))
     axes.loglog(tasks, line, "--", color="#7B8794", label="n log n from the smallest")
-    axes.set_xlabel("tasks")
+    for name, label, colour in (
+        ("one_link_seconds", "flows into one link", "#009E73"),
+        ("pairs_seconds", "flows over two links each, max-min", "#CC79A7"),
+        ("capped_seconds", "flows into one link, half capped, max-min", "#56B4E9"),
+    ):
+        curve = [(entry["flows"], entry[name]) for entry in flows if name in entry]
+        axes.loglog(*zip(*curve, strict=True), "^-", color=colour, label=label)
+    axes.set_xlabel("tasks, or flows")
     axes.set_ylabel("seconds (best of several runs, one core)")
     axes.grid(True, which="major", color="#E4E7EB")
     axes.legend(frameon=False)
@@ -240,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     figures = measure(args.repeats, args.largest)
     if args.plot:
-        plot(figures["growth"], args.plot)
+        plot(figures["growth"], figures["flows"], args.plot)
     if args.json:
         print(json.dumps(figures))
         return
@@ -264,8 +292,10 @@ def report(figures: dict[str, Any]) -> str:
         ("time grows as tasks to the power of", f"{figures['growth_exponent']:.2f}"),
     ]
     for entry in figures["flows"]:
-        lines.append((f"{entry['flows']:,} max-min flows into one link", f"{entry['one_link_seconds'] * 1e3:.1f} ms"))
+        lines.append((f"{entry['flows']:,} flows into one link", f"{entry['one_link_seconds'] * 1e3:.1f} ms"))
         lines.append((f"{entry['flows']:,} over two of as many links", f"{entry['pairs_seconds'] * 1e3:.1f} ms"))
+        if "capped_seconds" in entry:
+            lines.append((f"{entry['flows']:,} into one, half capped", f"{entry['capped_seconds'] * 1e3:.1f} ms"))
     return "\n".join(f"{name:40} {figure:>16}" for name, figure in lines)
 
 

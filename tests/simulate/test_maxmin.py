@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.errors import ScheduleError
+from meshwright.simulate.bottleneck import bottlenecks
 from meshwright.simulate.engine import Run, Tasks, make_tasks, run_tasks
 
 
@@ -222,6 +223,57 @@ def test_a_thousand_flows_in_one_place_end_when_they_should() -> None:
     run: Run = run_tasks(flows([[0]] * count, [k + 1.0 for k in range(count)], [1.0]))
     assert run.makespan_seconds == pytest.approx(count * (count + 1) / 2)
     assert (np.diff(run.end_seconds) > 0).all()
+
+
+@st.composite
+def stars(draw: st.DrawFn) -> Tasks:
+    """Groups of flows into one link each, from cards of their own that are at least as quick."""
+    over, capacity = [], [draw(st.sampled_from([1.0, 2.0, 3.0])) for _ in range(draw(st.integers(1, 3)))]
+    hubs = len(capacity)
+    for _ in range(draw(st.integers(1, 12))):
+        hub = draw(st.integers(0, hubs - 1))
+        over.append([len(capacity), hub])
+        capacity.append(capacity[hub] * draw(st.sampled_from([1.0, 1.5])))
+    count = len(over)
+    return flows(
+        over,
+        [draw(st.sampled_from([0.0, 1.0, 2.0, 3.5])) for _ in range(count)],
+        capacity,
+        dependencies=[[(draw(st.integers(0, t - 1)), 0.5)] if t and draw(st.booleans()) else [] for t in range(count)],
+    )
+
+
+def only_links(tasks: Tasks) -> list[int]:
+    net = tasks.flows
+    assert net is not None
+    arrays = (net.bytes, net.first, net.link, net.weight, net.bytes_per_second, net.link_bytes_per_second)
+    found: list[int] = bottlenecks(*arrays)[0].tolist()
+    return found
+
+
+@given(stars())
+@settings(max_examples=150, deadline=None)
+def test_flows_that_one_link_holds_back_end_as_the_slow_simulator_says(tasks: Tasks) -> None:
+    net = tasks.flows
+    assert net is not None
+    moves = net.bytes > 0
+    assert [link >= 0 for link in only_links(tasks)] == moves.tolist()
+    assert ends(tasks) == pytest.approx(slow(tasks), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        (flows([[0], [0]], [1.0, 1.0], [2.0]), [0, 0]),
+        (flows([[0], [0]], [1.0, 1.0], [2.0], weights=[[1.0], [2.0]]), [-1, -1]),  # the lighter may be alone
+        (flows([[0], [0]], [1.0, 1.0], [2.0], caps=[math.inf, 1.9]), [-1, -1]),
+        (flows([[0, 1], [0], [1]], [1.0] * 3, [1.0, 10.0]), [-1, -1, -1]),
+        (flows([[1, 0], [2, 0], [3]], [1.0] * 3, [2.0, 2.0, 1.9, 1.0]), [-1, -1, 3]),  # a slower card of its own
+        (flows([[0, 0]], [1.0], [2.0]), [-1]),  # named twice, it carries the flow twice
+    ],
+)
+def test_one_link_holds_flows_back_only_if_it_always_does(tasks: Tasks, expected: list[int]) -> None:
+    assert only_links(tasks) == expected
 
 
 @pytest.mark.parametrize(
