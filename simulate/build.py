@@ -170,8 +170,10 @@ def _weave(
 
 def _done(row: Row) -> list[int]:
     """The stages of a row, whose gradients are ready first first: reductions may run beside what follows."""
-    last = {stage: position for position, stage in enumerate(row.stage.tolist())}
-    return sorted(last, key=last.__getitem__)
+    last = np.full(int(row.stage.max(initial=NONE)) + 1, NONE)
+    last[row.stage] = np.arange(len(row))  # of positions for one stage NumPy keeps the last
+    held: list[int] = np.flatnonzero(last != NONE).tolist()
+    return sorted(held, key=last.__getitem__)
 
 
 def _tail(

@@ -100,9 +100,7 @@ def compile_program(program: Program | Code, *, collective_stream: bool = False)
     if (table[:, OTHER] >= stages).any():
         step = code.instruction(int(table[:, OTHER].argmax()))
         raise ScheduleError(f"{word(step)} has no partner: no mesh runs stage {table[:, OTHER].max()}")
-    moves = table[table[:, KIND] == SEND]
-    keys = (moves[:, STAGE].astype(np.int64) * stages + moves[:, OTHER]) * len(WHATS) + moves[:, WHAT]
-    distinct = np.unique(keys)
+    distinct = np.unique(_sent_keys(table, stages))
     transfers = tuple(
         TransferKey(int(key) // len(WHATS) // stages, int(key) // len(WHATS) % stages, WHATS[int(key) % len(WHATS)])
         for key in distinct
@@ -134,6 +132,23 @@ def compile_program(program: Program | Code, *, collective_stream: bool = False)
 
 
 @njit(cache=True)
+def _sent_keys(table: Table, stages: int) -> NDArray[np.int64]:
+    """One number for source, target and payload of each ``Send`` but those just repeated."""
+    keys = np.empty(len(table), np.int64)
+    found = 0
+    for i in range(len(table)):
+        if table[i, KIND] == SEND:
+            key = (np.int64(table[i, STAGE]) * stages + table[i, OTHER]) * PAYLOAD_COUNT + table[i, WHAT]
+            new = True
+            for back in range(1, min(found, 4) + 1):  # a mesh sends to few others, in turn
+                new = new and keys[found - back] != key
+            if new:
+                keys[found] = key
+                found += 1
+    return keys[:found]
+
+
+@njit(cache=True)
 def _tasks(
     table: Table, row_start: NDArray[np.int64], stages: int, transfers: NDArray[np.int64], collective_stream: bool
 ) -> tuple[Ints, Ints, Ints, Ints, Ints, int]:
@@ -152,14 +167,14 @@ def _tasks(
     transfer_of = np.full(channels * PAYLOAD_COUNT, -1, np.int64)
     for t in range(len(transfers)):
         place = channel[transfers[t] // PAYLOAD_COUNT] * PAYLOAD_COUNT + transfers[t] % PAYLOAD_COUNT
-        transfer_of[place] = stages * KIND_COUNT + t
-    sent = np.full(channels * PAYLOAD_COUNT * (microbatches + 1), -1, np.int64)
+        transfer_of[place] = t
+    sent = np.full((len(transfers), microbatches + 1), -1, np.int32)
     last_backward = np.full(stages, -1, np.int64)
     for i in range(count):
         kind = table[i, KIND]
         if kind == SEND:
             place = channel[table[i, STAGE] * stages + table[i, OTHER]] * PAYLOAD_COUNT + table[i, WHAT]
-            sent[place * (microbatches + 1) + table[i, MICROBATCH] + 1] = i
+            sent[transfer_of[place], table[i, MICROBATCH] + 1] = i
         elif kind < SEND:
             last_backward[table[i, STAGE]] = i
 
@@ -175,15 +190,15 @@ def _tasks(
             if kind == SEND:
                 place = channel[stage * stages + table[i, OTHER]]
                 executor[i] = 2 * meshes + place
-                slot[i] = transfer_of[place * PAYLOAD_COUNT + table[i, WHAT]]
+                slot[i] = stages * KIND_COUNT + transfer_of[place * PAYLOAD_COUNT + table[i, WHAT]]
                 need[i] = reduced if reduced >= 0 and table[i, WHAT] in OF_GRADIENTS else made
             elif kind == RECEIVE:
                 pair = table[i, OTHER] * stages + stage
-                place = channel[pair] * PAYLOAD_COUNT + table[i, WHAT] if channel[pair] >= 0 else -1
-                origin = sent[place * (microbatches + 1) + table[i, MICROBATCH] + 1] if place >= 0 else -1
+                moved = transfer_of[channel[pair] * PAYLOAD_COUNT + table[i, WHAT]] if channel[pair] >= 0 else -1
+                origin = sent[moved, table[i, MICROBATCH] + 1] if moved >= 0 else -1
                 if origin < 0:
                     return executor, slot, need, need_slot, receive_of, i
-                need[i], need_slot[i] = origin, transfer_of[place]
+                need[i], need_slot[i] = origin, stages * KIND_COUNT + moved
                 receive_of[origin] = i
                 made = i
             elif collective_stream and kind in (REDUCE, GATHER):
