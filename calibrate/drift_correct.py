@@ -126,8 +126,7 @@ def _slower_matmuls(device: Device, factor: Factor, why: str) -> Device:
             dtype: Quantity(peak.value * raised, f"raised by {raised:.4g} from {why}; before: {peak.source}")
             for dtype, peak in peaks.items()
         }
-    slower = Factor(factor.log_value, factor.log_error)
-    found = _times(device.matmul_efficiency, slower, why, rate=True)
+    found = _times(device.matmul_efficiency, factor, why, rate=True)
     share = min(1.0, found.value / raised)
     low = share if found.low is None else min(share, found.low / raised)
     high = share if found.high is None else max(share, min(1.0, found.high / raised))

@@ -70,6 +70,10 @@ def correct_from(folders: Sequence[str], out: str, *, as_json: bool) -> int:
                 for one, seconds in zip(seen, predicted, strict=True)
             ],
             "corrections": changed,
+            "kept": [
+                {"number": str(number), "seconds_factor": factor.value, "log_error": factor.log_error}
+                for number, factor in sorted(fit.kept.items())
+            ],
         }
         print(json.dumps(told, allow_nan=False))
         return 0

@@ -49,6 +49,7 @@ def test_json_is_one_object_with_the_error_before_and_after(
     assert main(["calibrate", "--from", str(run), "--out", str(tmp_path / "machine.json"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert {row["number"] for row in told["corrections"]} >= {"wire of host 0", "matmul of host 0"}
+    assert {"latency of host 0"} <= {row["number"] for row in told["kept"]}
     (one,) = told["runs"]
     assert one["error_fraction_before"] < -0.25
     assert abs(one["error_fraction_after"]) < 0.03
