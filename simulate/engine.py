@@ -179,8 +179,12 @@ def make_tasks(
 
     Raises:
         ScheduleError: lengths differ, an index is out of range, a number is negative or not finite, a flow has neither
-            a link nor a cap, or there are more tasks than memory.
+            a link nor a cap, an array has the wrong shape or type, or there are more tasks than memory.
     """
+    if np.ndim(duration_seconds) != 1:
+        raise ScheduleError(f"durations have {np.ndim(duration_seconds)} dimensions; give one number for each task")
+    if not np.can_cast(np.asarray(executor).dtype, np.int64, "same_kind") and np.size(executor):
+        raise ScheduleError(f"executors are of type {np.asarray(executor).dtype}; number them with integers from 0")
     count = len(np.asarray(duration_seconds))
     need_room(count)
     duration = np.ascontiguousarray(duration_seconds, np.float64)
@@ -318,7 +322,8 @@ def run_tasks(tasks: Tasks) -> Run:
     """Simulate.
 
     Raises:
-        ScheduleError: tasks wait for each other in a circle; the message names one of them.
+        ScheduleError: tasks wait for each other in a circle, of which the message names one; flows meet so often that
+            it would take hours; or a task would end at no finite time.
     """
     executors = _executors(tasks)
     simpler = _with_equal_shares(tasks)
@@ -339,6 +344,9 @@ def run_tasks(tasks: Tasks) -> Run:
         )
     if stuck != NOBODY:
         raise ScheduleError(f"the program deadlocks: task {stuck} waits, through others, for itself")
+    if not np.isfinite(end.max(initial=0.0)):
+        late = int((~np.isfinite(end)).argmax())
+        raise ScheduleError(f"task {late} would end after more seconds than a number can hold; use shorter tasks")
     return Run(start, end, tasks, blame)
 
 

@@ -230,7 +230,7 @@ def plot(growth: list[dict[str, Any]], flows: list[dict[str, Any]], path: str) -
     """Draw time over size against the line that n log n would take from the smallest size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(6.8, 5.2), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     tasks = np.array([entry["tasks"] for entry in growth], float)
     seconds = np.array([entry["seconds"] for entry in growth])
@@ -255,7 +255,7 @@ def plot(growth: list[dict[str, Any]], flows: list[dict[str, Any]], path: str) -
     axes.set_xlabel("tasks, or flows")
     axes.set_ylabel("seconds (best of several runs, one core)")
     axes.grid(True, which="major", color="#E4E7EB")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path)
 
 

@@ -202,3 +202,17 @@ def test_a_million_tasks_are_quick() -> None:
     began = time.perf_counter()
     assert run_tasks(tasks).makespan_seconds == count
     assert time.perf_counter() - began < 2.0
+
+
+@pytest.mark.parametrize(
+    ("duration", "executor", "message"),
+    [
+        ([1.0, 1.0], [0.5, 0.0], "executors are of type float64"),
+        ([[1.0, 2.0], [1.0, 2.0]], [0, 0], "durations have 2 dimensions"),
+        (3.0, [0], "durations have 0 dimensions"),
+        ([1e308, 1e308], [0, 0], "task 1 would end after more seconds than a number can hold"),
+    ],
+)
+def test_arrays_of_the_wrong_kind_end_in_one_line(duration: object, executor: list[float], message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        run_tasks(make_tasks(duration, executor))  # type: ignore[arg-type]
