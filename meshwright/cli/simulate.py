@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="MODEL: the grid, as in tensor=8, pipeline=8, microbatch-size=1, schedule=interleaved:4, remat=full",
+        help="MODEL: the grid, as in tensor=8, pipeline=8, microbatch-size=1, schedule=interleaved:4, remat=full; of "
+        "stages that are not alike: tensor=4,2,2, layers=12,10,10, remat=full,none,none",
     )
     parser.add_argument(
         "--stack",
@@ -180,7 +181,7 @@ def _answer(
     title: str,
     sampled: StepSamples | None = None,
 ) -> int:
-    _write(args, timeline, title)
+    _write(args, timeline, title, held="activations")
     rows = [" ".join(map(word, row)) for row in compute_only(program)] if program and args.show else []
     peaks = [round(peak) for peak in timeline.peak_bytes]
     if args.json:
@@ -282,7 +283,9 @@ def _given(args: argparse.Namespace, names: tuple[str, ...]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False, []))
 
 
-def _write(args: argparse.Namespace, timeline: Timeline, title: str, costs: PipelineCosts | None = None) -> None:
+def _write(
+    args: argparse.Namespace, timeline: Timeline, title: str, costs: PipelineCosts | None = None, held: str = "bytes"
+) -> None:
     """Write the trace (with bytes in flight, where the costs know them) and the picture that were asked for."""
     if args.trace:
         from meshwright.simulate.trace import write_trace
@@ -291,7 +294,7 @@ def _write(args: argparse.Namespace, timeline: Timeline, title: str, costs: Pipe
     if args.plot:
         from meshwright.simulate.gantt import plot_timeline
 
-        plot_timeline(timeline, args.plot, title, memory=args.memory)
+        plot_timeline(timeline, args.plot, title, memory=args.memory, held=held)
 
 
 def _wrong(message: str) -> int:

@@ -135,8 +135,14 @@ def parse_grid(given: Sequence[str], batch: int, cluster: Cluster) -> Grid:
                 name, colon, chunks = value.partition(":")
                 values["schedule"] = name
                 values["chunks"] = _whole(f"schedule={name}:", chunks) if colon else find_schedule(name).chunks
+            case "remat" if "," in value:
+                values["recompute_per_stage"] = tuple(value.split(","))
             case "remat":
                 values["recompute"] = value
+            case "layers":
+                values["layers_per_stage"] = _wholes("layers=", value)
+            case "tensor" if "," in value:
+                values["tensor_per_mesh"] = _wholes("tensor=", value)
             case "sequence-parallel":
                 if value not in TRUTHS:
                     raise PlanError(f"--fix sequence-parallel={value}: use true or false")
@@ -144,14 +150,17 @@ def parse_grid(given: Sequence[str], batch: int, cluster: Cluster) -> Grid:
             case _ if key in COUNTS:
                 values[key.replace("-", "_")] = _whole(f"{key}=", value)
             case _:
-                known = (*COUNTS, "schedule", "remat", "sequence-parallel")
+                known = (*COUNTS, "layers", "schedule", "remat", "sequence-parallel")
                 raise PlanError(f"--fix {key} is unknown; known are {', '.join(known)}")
-    taken = 1
-    for axis in ("tensor", "pipeline", "context"):
-        taken *= values.get(axis, 1)
+    meshes: tuple[int, ...] | None = values.get("tensor_per_mesh")
+    if meshes is not None:
+        values.setdefault("pipeline", len(meshes))
+    taken = values.get("tensor", 1) * values.get("pipeline", 1) if meshes is None else sum(meshes)
+    taken *= values.get("context", 1)
+    product = "tensor × pipeline" if meshes is None else "tensor of all meshes"
     if taken < 1 or ("data" not in values and cluster.devices % taken):
         raise PlanError(
-            f"tensor × pipeline × context = {taken} does not divide the {cluster.devices} devices of {cluster.name}; "
+            f"{product} × context = {taken} does not divide the {cluster.devices} devices of {cluster.name}; "
             "use a divisor, or fix data too"
         )
     values.setdefault("data", cluster.devices // taken)
@@ -165,6 +174,14 @@ def parse_grid(given: Sequence[str], batch: int, cluster: Cluster) -> Grid:
         if values.setdefault("microbatch_size", batch // parts) != batch // parts:
             raise PlanError(f"--fix microbatches={microbatches} means a microbatch-size of {batch // parts}; fix one")
     return Grid(batch=batch, **values)
+
+
+def _wholes(key: str, value: str) -> tuple[int, ...]:
+    """One number for each stage or mesh, between commas."""
+    parts = value.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise PlanError(f"--fix {key}{value}: a whole number is needed for each stage, as in {key}4,2,2")
+    return tuple(map(int, parts))
 
 
 def _whole(key: str, value: str) -> int:
@@ -181,18 +198,19 @@ def to_json(prediction: GridPrediction, args: argparse.Namespace) -> dict[str, A
         timeline, prediction.cluster, grid.batch, model.sequence, flops, model.matmuls_in, _system_interval(args)
     )
     layers = stage_layers(model, grid)
+    tensors = dict(zip(timeline.mesh_devices, grid.tensors, strict=True))
     answer: dict[str, Any] = {
         "model": args.plan,
         "cluster": args.cluster,
         "batch": grid.batch,
         "microbatches": grid.microbatches,
         "schedule": grid.schedule,
-        "remat": grid.recompute,
+        "remat": grid.recompute if grid.recompute_per_stage is None else list(grid.recompute_per_stage),
         "stages": [
             {
                 "layers": count,
                 "devices": list(cost.devices),
-                "mesh": {"data": grid.data, "context": grid.context, "tensor": grid.tensor},
+                "mesh": {"data": grid.data, "context": grid.context, "tensor": tensors[cost.devices]},
                 "forward_seconds": cost.forward_seconds,
                 "backward_seconds": cost.backward_seconds,
                 "peak_memory_bytes": timeline.peak_bytes[timeline.mesh_devices.index(cost.devices)],
@@ -221,8 +239,12 @@ def _system_interval(args: argparse.Namespace) -> Interval:
 def describe(prediction: GridPrediction, args: argparse.Namespace) -> str:
     """The same for a person."""
     grid, timeline = prediction.grid, prediction.timeline
-    axes = {name: getattr(grid, name) for name in ("data", "context", "tensor", "pipeline", "expert", "chunks")}
-    shape = " × ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "one device"
+    axes: dict[str, int | str] = {
+        name: getattr(grid, name) for name in ("data", "context", "tensor", "pipeline", "expert", "chunks")
+    }
+    if grid.tensor_per_mesh is not None:
+        axes["tensor"] = ",".join(map(str, grid.tensor_per_mesh))
+    shape = " × ".join(f"{name} {size}" for name, size in axes.items() if size != 1) or "one device"
     what = f"{args.plan} on {args.cluster}: {shape}, {grid.schedule}"
     speed = f"step time    {prediction.iteration_seconds:.4g} s   {prediction.tokens_per_second:,.0f} tokens/s"
     around = step_interval(prediction.cluster, _system_interval(args))

@@ -71,6 +71,18 @@ def test_samples_with_a_seed_give_the_same_answer(capsys: pytest.CaptureFixture[
     assert first["p10_seconds"] < first["p50_seconds"] < first["p90_seconds"]
 
 
+def test_stages_that_are_not_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    """32 layers on meshes of 8, 4 and 4 devices; the first recomputes."""
+    unlike = ["--fix", "tensor=8,4,4", "--fix", "layers=16,8,8", "--fix", "remat=full,none,none"]
+    data = answer(capsys, *GPT, *unlike)
+    assert [stage["layers"] for stage in data["stages"]] == [16, 8, 8]
+    assert [stage["mesh"]["tensor"] for stage in data["stages"]] == [8, 4, 4]
+    assert [stage["devices"][0] for stage in data["stages"]] == [0, 8, 12]
+    assert data["remat"] == ["full", "none", "none"]
+    assert main([*GPT, *unlike]) == 0
+    assert "tensor 8,4,4 × pipeline 3" in capsys.readouterr().out
+
+
 def test_no_jax_is_imported() -> None:
     code = f"""
 import sys
@@ -95,6 +107,10 @@ def test_a_person_reads_where_the_time_goes(capsys: pytest.CaptureFixture[str]) 
     [
         ([*GPT, "--fix", "tensor=3"], 1, "tensor × pipeline × context = 3 does not divide the 16 devices"),
         ([*GPT, "--fix", "tensor=x"], 1, "--fix tensor=x: a whole number is needed"),
+        ([*GPT, "--fix", "tensor=8,x"], 1, "--fix tensor=8,x: a whole number is needed for each stage"),
+        ([*GPT, "--fix", "tensor=8,4"], 1, "tensor of all meshes × context = 12 does not divide the 16 devices"),
+        ([*GPT, "--fix", "tensor=8,8", "--fix", "layers=30,3"], 1, "do not add up to the model's 32 layers"),
+        ([*GPT, "--fix", "tensor=8,8", "--fix", "remat=full,all"], 1, "recompute 'all' is unknown"),
         ([*GPT, "--fix", "tensor"], 1, "--fix tensor has no value"),
         ([*GPT, "--fix", "colour=red"], 1, "--fix colour is unknown"),
         ([*GPT, "--fix", "schedule=zb"], 1, "schedule 'zb' is unknown"),
