@@ -38,19 +38,26 @@ HIGHEST_ROW, LOWEST_ROW = 0.52, 2 / DPI
 HEAD, FOOT = 0.55, 0.82  # inches for a panel's title, and for axis and legend below the last panel
 
 
-def plot_timeline(timeline: Timeline, path: str | os.PathLike[str], title: str = "", *, memory: bool = False) -> None:
+def plot_timeline(
+    timeline: Timeline, path: str | os.PathLike[str], title: str = "", *, memory: bool = False, held: str = "bytes"
+) -> None:
     """Draw one timeline to a PNG (or whatever the path's ending says); see ``plot_timelines``."""
-    plot_timelines([(title, timeline)], path, memory=memory)
+    plot_timelines([(title, timeline)], path, memory=memory, held=held)
 
 
 def plot_timelines(
-    timelines: Sequence[tuple[str, Timeline]], path: str | os.PathLike[str], *, memory: bool = False
+    timelines: Sequence[tuple[str, Timeline]],
+    path: str | os.PathLike[str],
+    *,
+    memory: bool = False,
+    held: str = "bytes",
 ) -> None:
     """Draw named timelines one above the other on one time axis, as in ``[("predicted", p), ("measured", m)]``.
 
     Args:
         memory: also draw what the devices of each mesh hold over time, and mark the highest peak. Rows need some
             height for that: above 65 meshes only the peak's number is given.
+        held: what the timelines count as memory; bare schedules count activations, one a micro-batch.
 
     Raises:
         ScheduleError: there is nothing to draw, or the path's ending is no kind of picture.
@@ -82,9 +89,9 @@ def plot_timelines(
         dense, seen = dense or painted, seen | kinds_drawn
         last = k == len(rows) - 1
         axes.tick_params(axis="x", labelbottom=last, length=3 if last else 0, colors=PALE_INK, labelsize=9)
-        _head(axes, name, _facts(timeline, timelines[0] if k else None, per_second, short, memory))
+        _head(axes, name, _facts(timeline, timelines[0] if k else None, per_second, short, held if memory else None))
     pale = any(boxes.pale.any() for boxes in shown)
-    _legend(figure, seen, pale, dense, strips, 0.1 / total)
+    _legend(figure, seen, pale, dense, held if strips else None, 0.1 / total)
     edge = (1 - right_inches / WIDTH_INCHES, 0.23 / total)
     figure.text(*edge, f"time in {unit}", ha="right", fontsize=9, color=PALE_INK)
     figure.savefig(path)
@@ -99,15 +106,16 @@ def _time_unit(longest_seconds: float) -> tuple[str, str, float]:
 
 
 def _facts(
-    timeline: Timeline, first: tuple[str, Timeline] | None, per_second: float, short: str, memory: bool
+    timeline: Timeline, first: tuple[str, Timeline] | None, per_second: float, short: str, held: str | None
 ) -> list[str]:
     facts = [f"{timeline.makespan_seconds * per_second:.4g} {short}"]
     if first is not None and first[1].makespan_seconds:
         change = timeline.makespan_seconds / first[1].makespan_seconds - 1
         facts.append(f"{change:+.1%} against {first[0] or 'the first'}")
     facts.append(f"{timeline.bubble_fraction:.1%} bubble")
-    if memory and (peak := max(timeline.peak_bytes, default=0.0)):
-        facts.append(f"peak {_bytes(peak)} on mesh {timeline.peak_bytes.index(peak)}")
+    if held and (peak := max(timeline.peak_bytes, default=0.0)):
+        amount = _bytes(peak) if held == "bytes" else f"{peak:g} {held}"
+        facts.append(f"peak {amount} on mesh {timeline.peak_bytes.index(peak)}")
     return facts
 
 
@@ -125,7 +133,7 @@ def _head(axes: Axes, name: str, facts: Sequence[str]) -> None:
     axes.annotate("   ·   ".join(facts), (1, 1), ha="right", fontsize=10.5, **place)
 
 
-def _legend(figure: Figure, seen: set[int], pale: bool, dense: bool, memory: bool, y: float) -> None:
+def _legend(figure: Figure, seen: set[int], pale: bool, dense: bool, held: str | None, y: float) -> None:
     """The colours that occur, and a word on paleness, density and memory where the picture has them."""
     patches: list[Patch | Line2D] = [
         Patch(facecolor=colour, label=label)
@@ -133,8 +141,8 @@ def _legend(figure: Figure, seen: set[int], pale: bool, dense: bool, memory: boo
         if number in seen
     ]
     patches.append(Patch(facecolor=ROW_BACKGROUND, edgecolor=FRAME, label="idle (bubble)"))
-    if memory:
-        patches.append(Patch(facecolor=MEMORY, label="bytes held"))
+    if held:
+        patches.append(Patch(facecolor=MEMORY, label=f"{held} held"))
     notes = []
     if pale:
         notes.append("paler: later stages of the same devices")

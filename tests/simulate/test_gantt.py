@@ -12,7 +12,7 @@ from meshwright.errors import ScheduleError
 from meshwright.simulate.bare import StageTimes, play
 from meshwright.simulate.boxes import COLOURS, KINDS, boxes_of
 from meshwright.simulate.density import highest, painted
-from meshwright.simulate.gantt import plot_timeline, plot_timelines
+from meshwright.simulate.gantt import _facts, plot_timeline, plot_timelines
 from meshwright.simulate.program import Backward, Forward, Receive, Reduce
 from meshwright.simulate.schedules.base import Options
 from meshwright.simulate.schedules.table import SCHEDULES
@@ -125,3 +125,9 @@ def test_a_path_that_is_no_picture_is_refused(name: str, message: str, tmp_path:
 def test_nothing_cannot_be_drawn(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError, match="cannot be drawn"):
         plot_timelines([], tmp_path / "x.png")
+
+
+def test_a_bare_schedule_holds_activations_not_bytes() -> None:
+    timeline = play("1f1b", 4, 8)
+    assert "peak 4 activations on mesh 0" in _facts(timeline, None, 1.0, "s", "activations")
+    assert "peak 4 B on mesh 0" in _facts(timeline, None, 1.0, "s", "bytes")
