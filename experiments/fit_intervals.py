@@ -84,7 +84,7 @@ def elsewhere(residuals: Sequence[Residual]) -> Interval:
 
 
 def no_narrower(other: Interval, pooled: Interval) -> Interval:
-    """Of a system that nobody measured no less can be open than of those that were: ten sources have rough quantiles."""
+    """No less can be open of a system that nobody measured than of those that were; ten sources tell it roughly."""
     low, high = min(other.low, pooled.low), max(other.high, pooled.high)
     return msgspec.structs.replace(other, low=low, high=high)
 
