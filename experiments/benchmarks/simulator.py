@@ -1,7 +1,8 @@
 """How fast the simulator is: ``python -m experiments.benchmarks.simulator [--json] [--plot FILE]``.
 
 Everything is timed in this one process, side by side: SimPy and the simulator play the same 1F1B step and must agree
-on its makespan. Every figure is the best of several warm runs on one core; what is compiled (by Numba) is compiled
+on its makespan. Figures are the best of several warm runs on one core, those of flows and of 10^7 tasks on shared
+resources a single one; what is compiled (by Numba) is compiled
 before. ``score`` is the time of a step and the memory of each device over time, as arrays, of which the peak is read;
 the program is compiled once, as a planner does for many plans. ``whole`` makes it anew from the schedule's name each
 time, ``read`` makes each event and each step of memory a Python object besides, as a trace or a picture needs them.
