@@ -254,7 +254,7 @@ def plot(growth: list[dict[str, Any]], flows: list[dict[str, Any]], path: str) -
         curve = [(entry["flows"], entry[name]) for entry in flows if name in entry]
         axes.loglog(*zip(*curve, strict=True), "^-", color=colour, label=label)
     axes.set_xlabel("tasks, or flows")
-    axes.set_ylabel("seconds (best of several runs, one core)")
+    axes.set_ylabel("seconds (one core, warm)")
     axes.grid(True, which="major", color="#E4E7EB")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path)
