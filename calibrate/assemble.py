@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from meshwright.calibrate.device_fit import MatmulChoice, fit_attention, fit_matmuls
 from meshwright.calibrate.fit import FittedFamily, RateFit, fit_timings
@@ -156,8 +157,19 @@ def _device(
         dispatch_seconds=_one(compute.timings, DISPATCH, f"{measured}, calls of a tiny compiled program in a row"),
         matmul={dtype: choice.fit for dtype, choice in chosen.items() if choice.fit is not None},
         attention=_attention(compute, flops, measured),
+        pace_seconds=_pace(compute, measured),
     )
     return device, chosen
+
+
+def _pace(compute: ComputeTimings, measured: str) -> Quantity | None:
+    """The mean of the fixed matmul, with the 10 % and 90 % quantiles of how the pace went; None where none ran."""
+    if not compute.paces_seconds:
+        return None
+    mean = float(np.mean(compute.paces_seconds))
+    low, high = (float(quantile) for quantile in np.quantile(compute.paces_seconds, [0.1, 0.9]))
+    source = f"{measured}, a matmul of 256 cubed in f32 before and after {len(compute.paces_seconds)} timings"
+    return Quantity(mean, source, min(low, mean), max(high, mean))
 
 
 def _attention(compute: ComputeTimings, flops: dict[str, Quantity], measured: str) -> AttentionFit | None:

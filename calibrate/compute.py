@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import msgspec
+import numpy as np
 
 from meshwright.calibrate.benchmarks import (
     FLOAT32,
@@ -29,9 +30,11 @@ from meshwright.calibrate.timing import (
     ARGUMENT,
     DISPATCH,
     LAUNCH,
+    PACE_SIZE,
     ComputeTimings,
     Measured,
     Timing,
+    at_mean_pace,
     merged,
     sample,
     sample_batches,
@@ -44,6 +47,7 @@ __all__ = ["FLOAT32", "busy_matmul_seconds", "matmul_call", "measure_compute", "
 
 CHAIN = 64  # operations in one program, long enough that their launches outweigh the one dispatch
 ARGUMENTS = 64
+PACE_MATMULS = 4  # that say how fast a CPU runs just now: some 2 ms
 CASE_SHARE = 1 / 400  # of the budget for the calls of one case: a few hundred fit
 FIRST_ROUND_SHARE = 0.65
 SMALLEST_CASE_SECONDS, LARGEST_CASE_SECONDS = 0.01, 0.25
@@ -74,7 +78,9 @@ def measure_compute(
     run.first_round()
     run.second_round()
     device = run.device
-    taken = [merged([rounds[index] for index in sorted(rounds)]) for rounds in run.timings.values()]
+    cases = [[rounds[index] for index in sorted(rounds)] for rounds in run.measured.values()]
+    fair = iter(at_mean_pace([measured for rounds in cases for measured in rounds]))
+    taken = [merged([next(fair) for _ in rounds]) for rounds in cases]
     return ComputeTimings(
         device_kind=device.device_kind,
         platform=device.platform,
@@ -86,6 +92,7 @@ def measure_compute(
         timings=widened(taken),
         compute_units=int(getattr(device, "core_count", 1)) if device.platform != "cpu" else 1,
         skipped=tuple(run.skipped.values()),
+        paces_seconds=tuple(m.pace_seconds for rounds in cases for m in rounds if m.pace_seconds > 0),
     )
 
 
@@ -102,15 +109,16 @@ class _Run:
         self.device = jax.devices()[0]
         self.accelerator = self.device.platform != "cpu"
         self.progress, self.keep = progress, keep
-        self.timings: dict[Case, dict[int, Timing]] = {}
+        self.measured: dict[Case, dict[int, Measured]] = {}
         self.skipped: dict[str, str] = {}
         self.failed: set[Case] = set()
+        self.matmul = None if self.accelerator else matmul_call(PACE_SIZE, FLOAT32)
         self.programs: dict[Case, Program] = {}  # of small arrays, for the second round: compiling takes longest
         spent = 0.0
         for measured in known:
             if measured.device_kind == self.device.device_kind:
                 case = Case(measured.timing.family, measured.timing.shape)
-                self.timings.setdefault(case, {})[measured.round] = measured.timing
+                self.measured.setdefault(case, {})[measured.round] = measured
                 spent += measured.spent_seconds
         self.budget_seconds = budget_seconds
         self.start = time.perf_counter() - min(spent, budget_seconds)
@@ -129,9 +137,9 @@ class _Run:
                 self._kernel(case, 0)
         pool = candidates(self.accelerator)
         while (left := self.left(FIRST_ROUND_SHARE)) > 0:
-            pool = tuple(case for case in pool if case not in self.timings and case not in self.failed)
+            pool = tuple(case for case in pool if case not in self.measured and case not in self.failed)
             pool = tuple(case for case in pool if case.family not in self.skipped)
-            seen = {case: rounds[0] for case, rounds in self.timings.items() if 0 in rounds}
+            seen = {case: rounds[0].timing for case, rounds in self.measured.items() if 0 in rounds}
             chosen = next_case(pool, seen, LONGEST_CALL_SHARE * left / CALLS, self.most_bytes)
             if chosen is None:
                 break
@@ -140,8 +148,8 @@ class _Run:
     def second_round(self) -> None:
         self._host(1)
         # From early to late, the coarse design first: the two looks at a case are then about equally far apart.
-        for case in [case for case in self.timings if case.family not in _HOST]:
-            longest = CALLS * self.timings[case][0].seconds if 0 in self.timings[case] else 0.0
+        for case in [case for case in self.measured if case.family not in _HOST]:
+            longest = CALLS * self.measured[case][0].timing.seconds if 0 in self.measured[case] else 0.0
             if self.left() > longest and case.family not in self.skipped:
                 self._kernel(case, 1)
 
@@ -156,7 +164,7 @@ class _Run:
             self._measure(case, index, lambda seconds: self._time_kernel(case, seconds))
         except Exception as error:  # what this device or its libraries do not run is left out, and said
             self.failed.add(case)
-            if any(known.family == case.family for known in self.timings):
+            if any(known.family == case.family for known in self.measured):
                 return  # the family runs; this shape has not enough memory
             if case.family in NEEDED:
                 raise
@@ -172,17 +180,28 @@ class _Run:
         return msgspec.structs.replace(taken, shape=case.shape)
 
     def _measure(self, case: Case, index: int, measure: Callable[[float], Timing]) -> None:
-        if index in self.timings.get(case, {}):
+        if index in self.measured.get(case, {}):
             return
         self.progress(
             min(1.0, max(0.0, 1 - self.left() / self.budget_seconds)), str(case) if case.shape else case.family
         )
         began = time.perf_counter()
+        before = self._pace()
         taken = measure(self.case_seconds)
-        self.timings.setdefault(case, {})[index] = taken
-        spent = time.perf_counter() - began
-        kind = self.device.device_kind
-        self.keep(Measured(device_kind=kind, round=index, timing=taken, spent_seconds=spent))
+        pace = (before + self._pace()) / 2
+        measured = Measured(
+            device_kind=self.device.device_kind,
+            round=index,
+            timing=taken,
+            spent_seconds=time.perf_counter() - began,
+            pace_seconds=pace,
+        )
+        self.measured.setdefault(case, {})[index] = measured
+        self.keep(measured)
+
+    def _pace(self) -> float:
+        """Mean seconds of a fixed matmul now; 0 on an accelerator, whose clock is its own."""
+        return 0.0 if self.matmul is None else float(np.mean(sample(self.matmul, PACE_MATMULS)))
 
 
 def _time_dispatch(seconds: float) -> Timing:

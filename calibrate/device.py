@@ -144,7 +144,9 @@ class Device(Record, frozen=True, kw_only=True):
     large matmuls achieve of it. ``memory_bytes_per_second`` is what memory-bound kernels achieve, reads and writes
     together. ``launch_seconds`` is paid by each kernel, ``dispatch_seconds`` by each call of a compiled program.
     ``sheet_memory_bytes_per_second`` is the data sheet's bandwidth of memory, which no fit may exceed by a fifth;
-    ``programs`` says by phase of a step (``PHASES``) what whole programs take beside their kernels.
+    ``programs`` says by phase of a step (``PHASES``) what whole programs take beside their kernels. ``pace_seconds`` is
+    the mean time of one fixed matmul (f32, 256 cubed) through the calibration of a CPU: whoever times it again knows
+    how fast the core runs now against then.
     """
 
     name: str
@@ -159,8 +161,11 @@ class Device(Record, frozen=True, kw_only=True):
     interference: Interference | None = None
     programs: dict[str, ProgramFit] = msgspec.field(default_factory=dict)
     sheet_memory_bytes_per_second: Quantity | None = None
+    pace_seconds: Quantity | None = None
 
     def __post_init__(self) -> None:
+        if self.pace_seconds is not None:
+            need_positive("pace_seconds", self.pace_seconds)
         for phase in self.programs:
             if phase not in PHASES:
                 raise ClusterError(f"programs.{phase} is no phase of a step; known are {', '.join(PHASES)}")

@@ -3,8 +3,8 @@
 A stage's program is more than its kernels: the executor hands arrays in and out, XLA turns layouts between products,
 and a kernel finds its input where the last one left it. So some small models, none of which anybody trains, run
 through the executor itself; what each phase of their step takes is fitted against what the planner prices for it.
-Times are those of the CPU, not of the wall, and scaled by how much slower than priced a matmul runs between the steps,
-so that other work on the machine counts little.
+Times are those of the CPU, not of the wall, and each step's are scaled by how much slower than priced a matmul runs
+just before and after it, so that other work on the machine counts little.
 """
 
 import math
@@ -15,15 +15,16 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import msgspec
 import numpy as np
 
 from meshwright.calibrate.device import PHASES
 from meshwright.calibrate.fit import fit_rate
-from meshwright.calibrate.hardware import Cluster, ProgramFit, Quantity, load_cluster, save_cluster
+from meshwright.calibrate.hardware import Cluster, Device, ProgramFit, Quantity, load_cluster, save_cluster
 from meshwright.calibrate.session import worker_environment
+from meshwright.calibrate.timing import PACE_SIZE
 from meshwright.errors import ExecutionError
 
 FORWARD, BACKWARD, ONCE = PHASES
@@ -32,7 +33,6 @@ WARM_STEPS = 2
 STEPS = 10
 LEAST = 3  # references that a fit needs
 MATMULS = 15  # between two steps
-REFERENCE_SIZE = 256  # of the matmul between steps
 
 
 class Reference(msgspec.Struct, frozen=True):
@@ -90,25 +90,26 @@ def measure_reference(cluster: Cluster, reference: Reference) -> Step:
     state = trainer.init(jax.random.key(0))
     shapes = model.batch_fn(reference.batch)
     rng = np.random.default_rng(0)
-    matmul = matmul_call(REFERENCE_SIZE, FLOAT32)
+    matmul = matmul_call(PACE_SIZE, FLOAT32)
     trainer.runtime.clock = time.process_time
     programs = trainer.runtime.programs[0]
     names = {"Forward": FORWARD, "Backward": BACKWARD, "Reduce": ONCE, "Update": ONCE}
     times: dict[str, list[float]] = {FORWARD: [], BACKWARD: [], ONCE: []}
-    matmuls: list[float] = []
+    price = pace_seconds(cluster)
+    before = fmean(cpu_seconds(matmul, MATMULS))
     for number in range(WARM_STEPS + STEPS):
         batch = jax.tree.map(lambda shape: rng.integers(0, 2, shape.shape).astype(shape.dtype), shapes)
-        matmuls += cpu_seconds(matmul, MATMULS)
         state, _ = trainer.step(state, batch, measure=True)
         cleared = cpu_seconds(lambda: jax.block_until_ready(programs.zeros()), 1)
+        after = fmean(cpu_seconds(matmul, MATMULS))
+        speed, before = 2 * price / (before + after), after
         if number >= WARM_STEPS:
             sums = dict.fromkeys(times, 0.0)
             for event in trainer.timeline.events:
                 sums[names[type(event.instruction).__name__]] += event.end_seconds - event.start_seconds
-            times[FORWARD].append(sums[FORWARD] / MICROBATCHES)
-            times[BACKWARD].append(sums[BACKWARD] / MICROBATCHES)
-            times[ONCE].append(sums[ONCE] + cleared[0])
-    speed = matmul_price(cluster) / median(matmuls)
+            times[FORWARD].append(speed * sums[FORWARD] / MICROBATCHES)
+            times[BACKWARD].append(speed * sums[BACKWARD] / MICROBATCHES)
+            times[ONCE].append(speed * (sums[ONCE] + cleared[0]))
     return Step(
         model=reference.model,
         priced_seconds={
@@ -116,17 +117,25 @@ def measure_reference(cluster: Cluster, reference: Reference) -> Step:
             BACKWARD: stage.backward_compute_seconds,
             ONCE: stage.update_seconds,
         },
-        measured_seconds={phase: speed * median(seconds) for phase, seconds in times.items()},
+        measured_seconds={phase: median(seconds) for phase, seconds in times.items()},
         counted_bytes=stage.transient_bytes,
         temporary_bytes=programs.backward_temp_bytes,
     )
 
 
-def matmul_price(cluster: Cluster) -> float:
-    """What the machine file says the matmul between steps takes."""
+def pace_seconds(cluster: Cluster, busy_ranks: int = 1) -> float:
+    """What the machine file says the matmul between steps takes, with so many ranks of the first host at it.
+
+    As it was measured through the calibration, or as it is priced where that was not done.
+    """
     device = cluster.device(0)
+    alone = device.pace_seconds.value if device.pace_seconds is not None else _priced(device)
+    return cluster.hosts[0].slowdown(busy_ranks) * alone
+
+
+def _priced(device: Device) -> float:
     rate = device.peak_flops("f32") * device.matmul_efficiency.value
-    return 2.0 * REFERENCE_SIZE**3 / rate + device.launch_seconds.value
+    return 2.0 * PACE_SIZE**3 / rate + device.launch_seconds.value
 
 
 def cpu_seconds(call: Callable[[], object], repeats: int) -> list[float]:

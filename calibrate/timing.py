@@ -11,6 +11,7 @@ import numpy as np
 DISPATCH, ARGUMENT, LAUNCH, MATMUL, P2P = "dispatch", "argument", "launch", "matmul ", "p2p"
 ATTENTION, CONVOLUTION, MEMORY, COPY = "attention ", "convolution ", "memory ", "copy "
 
+PACE_SIZE = 256  # of the f32 matmul by which a core's pace is told
 MOST_REPEATS = 200
 FEWEST_REPEATS = 5
 BATCH_SECONDS = 5e-4  # calls are waited for in batches of about this long
@@ -39,12 +40,16 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One timing of one round, as an interrupted calibration keeps it; ``spent_seconds`` of wall time."""
+    """One timing of one round, as an interrupted calibration keeps it.
+
+    ``spent_seconds`` is wall time; ``pace_seconds`` the mean of a fixed matmul just before and after, 0 if none ran.
+    """
 
     device_kind: str
     round: int
     timing: Timing
     spent_seconds: float
+    pace_seconds: float = 0.0
 
 
 class ComputeTimings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,6 +65,7 @@ class ComputeTimings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     timings: tuple[Timing, ...]
     compute_units: int = 1  # multiprocessors of a GPU
     skipped: tuple[str, ...] = ()  # families that this device or this JAX does not run, with the reason
+    paces_seconds: tuple[float, ...] = ()  # of the fixed matmul beside each timing
 
 
 class BusyRanks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -131,6 +137,30 @@ def merged(timings: Sequence[Timing]) -> Timing:
         repeats=sum(timing.repeats for timing in timings),
         rounds=tuple(medians),
     )
+
+
+def at_mean_pace(timings: Sequence[Measured]) -> list[Timing]:
+    """Timings as if each had been taken at the mean pace of all.
+
+    A core that is shared with strangers (a virtual machine's, or one whose clock drifts) may run at half its speed for
+    seconds at a time. A training step is long and sees the mean of that; what lasts milliseconds sees one or the other,
+    and a fit to medians prefers the more frequent. A fixed matmul beside each timing says which it was.
+    """
+    paces = [measured.pace_seconds for measured in timings if measured.pace_seconds > 0]
+    mean_seconds = float(np.mean(paces)) if paces else 0.0
+    found = []
+    for measured in timings:
+        factor = mean_seconds / measured.pace_seconds if measured.pace_seconds > 0 else 1.0
+        taken = measured.timing
+        found.append(
+            msgspec.structs.replace(
+                taken,
+                seconds=factor * taken.seconds,
+                low_seconds=factor * taken.low_seconds,
+                high_seconds=factor * taken.high_seconds,
+            )
+        )
+    return found
 
 
 def widened(timings: Sequence[Timing]) -> tuple[Timing, ...]:

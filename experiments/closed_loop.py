@@ -5,6 +5,10 @@
 Each rank computes on one thread. For every plan: the step time (median over steps that nothing else is asked of), the
 peak memory (arrays alive plus what XLA says its programs need, not the process), and, from further steps in which each
 instruction is waited for, seconds by kind of instruction, so that an error has a name.
+
+A core that is shared with strangers changes its pace from second to second. So before each step all ranks run a fixed
+matmul at once: the *pace* of a run is what it took, in the mean, over what the machine file says of as many busy ranks.
+The error is stated as it is, and as it would be had the machine kept the pace at which it was calibrated.
 """
 
 import argparse
@@ -70,6 +74,7 @@ class Row(msgspec.Struct, frozen=True):
     measured_seconds: float
     measured_low_seconds: float
     measured_high_seconds: float
+    pace: float  # of a matmul between the steps: its time over the one predicted
     predicted_bytes: float
     measured_bytes: float
     kinds: tuple[Kind, ...]
@@ -78,6 +83,11 @@ class Row(msgspec.Struct, frozen=True):
     def error(self) -> float:
         """Predicted over measured step time, less 1."""
         return self.predicted_seconds / self.measured_seconds - 1
+
+    @property
+    def error_at_pace(self) -> float:
+        """The same, had the run been at the pace of the calibration."""
+        return self.predicted_seconds * self.pace / self.measured_seconds - 1
 
     @property
     def memory_error(self) -> float:
@@ -96,6 +106,7 @@ class Measured(msgspec.Struct, frozen=True):
     """What the ranks saw together: times of the steps, the peak of any device, and mean seconds by kind."""
 
     step_seconds: tuple[float, ...]
+    matmul_seconds: float  # of the fixed matmul, mean over ranks and steps
     peak_bytes: float
     kind_seconds: dict[str, float]
     kind_cpu_seconds: dict[str, float]
@@ -128,6 +139,9 @@ def rank_main(plan: Plan, steps: int, out: Path) -> None:
     import jax
     import optax
 
+    from meshwright.calibrate.compute import FLOAT32, matmul_call
+    from meshwright.calibrate.programs import MATMULS
+    from meshwright.calibrate.timing import PACE_SIZE, sample
     from meshwright.execute.process_group import ProcessGroup, guard
     from meshwright.execute.train import build
     from meshwright.models.text import byte_batches
@@ -142,9 +156,13 @@ def rank_main(plan: Plan, steps: int, out: Path) -> None:
         comm = group.communicator
         for _ in range(WARM_STEPS):
             state, _ = trainer.step(state, next(batches))
-        seconds = []
+        seconds, matmuls = [], []
+        matmul = matmul_call(PACE_SIZE, FLOAT32)
+        matmul()
         for _ in range(steps):
             batch = next(batches)
+            comm.Barrier()
+            matmuls += sample(matmul, MATMULS)
             comm.Barrier()
             state, metrics = trainer.step(state, batch)
             seconds.append(metrics.step_seconds)
@@ -160,13 +178,14 @@ def rank_main(plan: Plan, steps: int, out: Path) -> None:
                 named.append(seconds_by_kind(trainer.timeline))
                 peak = max(peak, *trainer.runtime.peak_bytes.values())
             kinds.append({kind: statistics.median(row[kind] for row in named) for kind in named[0]})
-        everyone = comm.gather((seconds, peak, kinds))
+        everyone = comm.gather((seconds, statistics.fmean(matmuls), peak, kinds))
         if everyone is not None:
             measured = Measured(
-                tuple(max(each) for each in zip(*(times for times, _, _ in everyone), strict=True)),
-                max(held for _, held, _ in everyone),
-                mean_by_kind([wall for _, _, (wall, _) in everyone]),
-                mean_by_kind([cpu for _, _, (_, cpu) in everyone]),
+                tuple(max(each) for each in zip(*(times for times, _, _, _ in everyone), strict=True)),
+                statistics.fmean(mean for _, mean, _, _ in everyone),
+                max(held for _, _, held, _ in everyone),
+                mean_by_kind([wall for _, _, _, (wall, _) in everyone]),
+                mean_by_kind([cpu for _, _, _, (_, cpu) in everyone]),
             )
             out.write_bytes(msgspec.json.encode(measured))
 
@@ -187,6 +206,8 @@ def mean_by_kind(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def compare(name: str, plan: Plan, measured: Measured) -> Row:
     """The run of a plan beside its prediction."""
+    from meshwright.calibrate.programs import pace_seconds
+
     prediction = predict(plan)
     low, middle, high = statistics.quantiles(measured.step_seconds, n=4)
     counts: dict[str, int] = {}
@@ -201,6 +222,7 @@ def compare(name: str, plan: Plan, measured: Measured) -> Row:
         measured_seconds=middle,
         measured_low_seconds=low,
         measured_high_seconds=high,
+        pace=measured.matmul_seconds / pace_seconds(plan.hardware, plan.devices),
         predicted_bytes=prediction.predicted.peak_memory_bytes,
         measured_bytes=measured.peak_bytes,
         kinds=tuple(
@@ -214,18 +236,17 @@ def compare(name: str, plan: Plan, measured: Measured) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     """Predicted beside measured, in Markdown."""
-    lines = [
-        "| ranks | plan | predicted step | measured: median (quartiles) | error | predicted peak | measured | error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = "ranks, plan, predicted step, measured: median (quartiles), error, pace, error at that pace"
+    columns = [*head.split(", "), "predicted peak", "measured", "error"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         low, middle, high = (
             f"{1e3 * x:.1f}" for x in (row.measured_low_seconds, row.measured_seconds, row.measured_high_seconds)
         )
         lines.append(
             f"| {row.ranks} | {row.name} | {1e3 * row.predicted_seconds:.1f} ms | {middle} ms ({low} to {high}) "
-            f"| {row.error:+.1%} | {row.predicted_bytes / 1e6:.1f} MB | {row.measured_bytes / 1e6:.1f} MB "
-            f"| {row.memory_error:+.1%} |"
+            f"| {row.error:+.1%} | {row.pace:.2f} | {row.error_at_pace:+.1%} "
+            f"| {row.predicted_bytes / 1e6:.1f} MB | {row.measured_bytes / 1e6:.1f} MB | {row.memory_error:+.1%} |"
         )
     return "\n".join(lines)
 

@@ -70,10 +70,10 @@ def test_busy_ranks_are_counted_from_one_to_all() -> None:
     assert {1, 64} <= set(busy_counts(64))
 
 
-def test_the_quieter_round_is_the_value_and_the_range_holds_both() -> None:
+def test_the_mean_of_rounds_is_the_value_and_the_range_holds_both() -> None:
     case = Case("all_reduce", Pattern(2), 1024)
     timing = merged(case, [(1024.0, [1.0, 2.0, 3.0]), (1024.0, [4.0, 5.0, 6.0, 7.0])])
-    assert timing.seconds == 2.0
+    assert timing.seconds == (2.0 + 5.5) / 2
     assert (timing.low_seconds, timing.high_seconds) == (1.5, pytest.approx(6.25))
     assert timing.repeats == 7
 

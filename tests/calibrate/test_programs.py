@@ -15,7 +15,7 @@ from meshwright.calibrate.hardware import (
     parse_cluster,
     save_cluster,
 )
-from meshwright.calibrate.programs import Step, cpu_seconds, fit_phases, matmul_price
+from meshwright.calibrate.programs import Step, cpu_seconds, fit_phases, pace_seconds
 from meshwright.errors import ClusterError
 from meshwright.models.zoo import get_model
 from meshwright.plan.planfile import Plan
@@ -29,12 +29,14 @@ def fit(fixed_seconds: float, slowdown: float) -> ProgramFit:
     return ProgramFit(fixed_seconds=Quantity(fixed_seconds, "test"), slowdown=Quantity(slowdown, "test"))
 
 
+def with_device(cluster: Cluster, device: Device) -> Cluster:
+    return msgspec.structs.replace(cluster, hosts=(msgspec.structs.replace(cluster.hosts[0], device=device),))
+
+
 def cpu(**programs: ProgramFit) -> Cluster:
     """One core of the shipped CPU machine."""
     cluster = parse_cluster("cpu:1")
-    host = cluster.hosts[0]
-    device = msgspec.structs.replace(host.device, programs=programs)
-    return msgspec.structs.replace(cluster, hosts=(msgspec.structs.replace(host, device=device),))
+    return with_device(cluster, msgspec.structs.replace(cluster.device(0), programs=programs))
 
 
 def tiny_plan(cluster: Cluster) -> Plan:
@@ -108,7 +110,14 @@ def test_waiting_costs_no_cpu() -> None:
     assert slept < 0.04
 
 
-def test_the_price_of_the_matmul_is_the_planner_s() -> None:
-    device = cpu().device(0)
+def test_the_pace_is_the_planner_s_price_where_none_was_measured() -> None:
+    device = msgspec.structs.replace(cpu().device(0), pace_seconds=None)
+    cluster = with_device(cpu(), device)
     rate = device.peak_flops("f32") * device.matmul_efficiency.value
-    assert matmul_price(cpu()) == pytest.approx(2 * 256**3 / rate + device.launch_seconds.value)
+    assert pace_seconds(cluster) == pytest.approx(2 * 256**3 / rate + device.launch_seconds.value)
+
+
+def test_the_pace_is_the_measured_one_times_what_busy_ranks_lose() -> None:
+    cluster = with_device(cpu(), msgspec.structs.replace(cpu().device(0), pace_seconds=Quantity(2e-3, "t")))
+    assert pace_seconds(cluster) == 2e-3
+    assert pace_seconds(cluster, 4) == 2e-3 * cluster.hosts[0].slowdown(4)

@@ -8,6 +8,8 @@ import pytest
 from meshwright.calibrate.timing import (
     FEWEST_REPEATS,
     MOST_REPEATS,
+    Measured,
+    at_mean_pace,
     merged,
     repeats_within,
     sample_batches,
@@ -68,3 +70,19 @@ def test_a_batch_is_waited_for_once_and_its_time_is_shared_out() -> None:
 
     samples = sample_batches(start, wait, 0.05)
     assert min(samples) < 5e-5  # one at a time, each would take 1.1e-4
+
+
+def test_timings_at_a_fast_and_a_slow_moment_meet_at_the_mean_pace() -> None:
+    def at(pace_seconds: float, seconds: float) -> Measured:
+        taken = timing("matmul f32", 1e6, [seconds] * 5)
+        return Measured(device_kind="cpu", round=0, timing=taken, spent_seconds=0.1, pace_seconds=pace_seconds)
+
+    fast, slow = at_mean_pace([at(1e-3, 0.010), at(2e-3, 0.020)])
+    assert fast.seconds == pytest.approx(0.015)
+    assert slow.seconds == pytest.approx(0.015)
+    assert slow.low_seconds == pytest.approx(0.015)
+
+
+def test_without_a_pace_timings_stay_as_they_are() -> None:
+    taken = timing("matmul f32", 1e6, [0.01] * 5)
+    assert at_mean_pace([Measured(device_kind="gpu", round=0, timing=taken, spent_seconds=0.1)]) == [taken]

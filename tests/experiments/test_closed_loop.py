@@ -19,27 +19,31 @@ from meshwright.calibrate.hardware import parse_cluster
 from meshwright.simulate.program import Forward, Send
 from meshwright.simulate.timeline import Event, Timeline
 
-ROW = Row(2, "data 2", 0.110, 0.100, 0.09, 0.12, 95e6, 100e6, (Kind("Forward", 4, 0.01, 0.02, 0.015),))
+ROW = Row(2, "data 2", 0.110, 0.100, 0.09, 0.12, 1.2, 95e6, 100e6, (Kind("Forward", 4, 0.01, 0.02, 0.015),))
 
 
 def test_errors_are_predicted_over_measured() -> None:
     assert ROW.error == pytest.approx(0.10)
+    assert ROW.error_at_pace == pytest.approx(0.32)
     assert ROW.memory_error == pytest.approx(-0.05)
     assert ROW.good
 
 
 @pytest.mark.parametrize(("ranks", "seconds", "good"), [(2, 0.114, True), (2, 0.116, False), (4, 0.124, True)])
 def test_more_ranks_than_cores_may_err_by_more(ranks: int, seconds: float, good: bool) -> None:
-    row = Row(ranks, "", seconds, 0.1, 0.1, 0.1, 1.0, 1.0, ())
+    row = Row(ranks, "", seconds, 0.1, 0.1, 0.1, 1.0, 1.0, 1.0, ())
     assert row.good is good
 
 
 def test_memory_must_be_good_too() -> None:
-    assert not Row(2, "", 0.1, 0.1, 0.1, 0.1, 112.0, 100.0, ()).good
+    assert not Row(2, "", 0.1, 0.1, 0.1, 0.1, 1.0, 112.0, 100.0, ()).good
 
 
 def test_tables_show_each_number_once() -> None:
-    assert "| 2 | data 2 | 110.0 ms | 100.0 ms (90.0 to 120.0) | +10.0% | 95.0 MB | 100.0 MB | -5.0% |" in table([ROW])
+    assert (
+        "| 2 | data 2 | 110.0 ms | 100.0 ms (90.0 to 120.0) | +10.0% | 1.20 | +32.0% | 95.0 MB | 100.0 MB | -5.0% |"
+        in table([ROW])
+    )
     assert kinds_table([ROW]).splitlines()[-1] == "| 2 | data 2 | 4 x 10.00 / 20.00 / 15.00 |"
 
 
