@@ -8,7 +8,7 @@ instruction is waited for, seconds by kind of instruction, so that an error has 
 
 A core that is shared with strangers changes its pace from second to second. So before each step all ranks run a fixed
 matmul at once: the *pace* of a run is what it took, in the mean, over what the machine file says of as many busy ranks.
-The error is stated as it is, and as it would be had the machine kept the pace at which it was calibrated.
+It tells a reader how alike calibration and run were; no error is corrected by it.
 """
 
 import argparse
@@ -83,11 +83,6 @@ class Row(msgspec.Struct, frozen=True):
     def error(self) -> float:
         """Predicted over measured step time, less 1."""
         return self.predicted_seconds / self.measured_seconds - 1
-
-    @property
-    def error_at_pace(self) -> float:
-        """The same, had the run been at the pace of the calibration."""
-        return self.predicted_seconds * self.pace / self.measured_seconds - 1
 
     @property
     def memory_error(self) -> float:
@@ -236,7 +231,7 @@ def compare(name: str, plan: Plan, measured: Measured) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     """Predicted beside measured, in Markdown."""
-    head = "ranks, plan, predicted step, measured: median (quartiles), error, pace, error at that pace"
+    head = "ranks, plan, predicted step, measured: median (quartiles), error, pace"
     columns = [*head.split(", "), "predicted peak", "measured", "error"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
@@ -245,7 +240,7 @@ def table(rows: Sequence[Row]) -> str:
         )
         lines.append(
             f"| {row.ranks} | {row.name} | {1e3 * row.predicted_seconds:.1f} ms | {middle} ms ({low} to {high}) "
-            f"| {row.error:+.1%} | {row.pace:.2f} | {row.error_at_pace:+.1%} "
+            f"| {row.error:+.1%} | {row.pace:.2f} "
             f"| {row.predicted_bytes / 1e6:.1f} MB | {row.measured_bytes / 1e6:.1f} MB | {row.memory_error:+.1%} |"
         )
     return "\n".join(lines)
