@@ -13,6 +13,7 @@ from math import exp, log, sqrt
 from statistics import median
 
 import numpy as np
+from scipy.stats import t as student
 
 from meshwright.errors import ClusterError
 from meshwright.execute.record import Run
@@ -36,6 +37,7 @@ from meshwright.simulate.timeline import CAUSES, Timeline
 
 NORMAL_MAD = 1.4826  # standard deviation over median absolute deviation of a normal distribution
 MEDIAN_LOSS = 1.2533  # standard error of a median over that of a mean: the square root of pi / 2
+ONE_SIGMA = 0.8413447460685429  # of a normal distribution is below its mean plus one standard deviation
 LEAST_LOG_ERROR = 0.005  # clocks and a few steps tell no more
 FEW_STEPS = 3  # with fewer, the spread inside steps has to do
 CONVERGED, MOST_ROUNDS = 1e-3, 8  # of the costs whose timeline looks as measured
@@ -166,12 +168,16 @@ def log_ratio(steps: Sequence[Sequence[tuple[Instruction, float]]], predicted: M
 
 
 def log_error(steps: Sequence[Sequence[tuple[Instruction, float]]], predicted: Mapping[Instruction, float]) -> float:
-    """Standard error of ``log_ratio``, by the median absolute deviation over steps."""
+    """Standard error of ``log_ratio``, by the median absolute deviation over steps.
+
+    Of few steps it is larger by what Student's distribution says: three know little of their own spread.
+    """
+    few = float(student.ppf(ONE_SIGMA, max(len(steps) - 1, 1)))
     ratios = _by_step(steps, predicted)
     if len(ratios) < FEW_STEPS:
         ratios = [log(seconds / predicted[one]) for samples in steps for one, seconds in samples]
     deviation = NORMAL_MAD * median(abs(ratio - median(ratios)) for ratio in ratios)
-    return max(LEAST_LOG_ERROR, MEDIAN_LOSS * deviation / sqrt(len(ratios)))
+    return max(LEAST_LOG_ERROR, few * MEDIAN_LOSS * deviation / sqrt(len(ratios)))
 
 
 def _by_step(

@@ -4,13 +4,16 @@ from dataclasses import dataclass
 from math import exp, hypot
 from typing import Any
 
-from meshwright.calibrate.drift import Drift, Observation
+from meshwright.calibrate.drift import FEW_STEPS, Drift, Observation
 from meshwright.calibrate.drift_fit import Fit, Parts, file_error, quantity_of
 from meshwright.calibrate.hardware import Cluster
+from meshwright.execute.record import Run
 from meshwright.plan.planfile import seconds_text
 
 CERTAIN = 2.0  # standard errors
 NAMED = 3  # of the largest differences, in words
+UNSTEADY = 1.5  # the slowest tenth of steps over the quickest, or what steps add up to over what they take
+CORE_OF = "core of "  # how a calibrated CPU's name begins
 AS_PREDICTED, INSIDE, OUTSIDE, UNPREDICTED = (
     "as predicted",
     "in the file's range",
@@ -56,6 +59,32 @@ def rows_of(drift: Drift, parts: Parts, cluster: Cluster) -> tuple[Row, ...]:
         both = hypot(seen.log_error, file_error(cluster, found, seen.group.what))
         rows.append(Row(seen, exp(seen.log_ratio), seen.log_ratio / seen.log_error, seen.log_ratio / both, shares))
     return tuple(rows)
+
+
+def doubts(run: Run, drift: Drift) -> tuple[str, ...]:
+    """What makes a run a poor witness, in words: none of it is sure enough to refuse the run."""
+    found = []
+    spread = drift.step_high_seconds / drift.step_low_seconds
+    if spread > UNSTEADY:
+        found.append(
+            f"steps took {seconds_text(drift.step_low_seconds)} to {seconds_text(drift.step_high_seconds)}: other work "
+            "may have run beside them; a quieter run tells more"
+        )
+    apart = drift.explained_step_seconds / drift.step_seconds
+    if not 1 / UNSTEADY < apart < UNSTEADY:
+        found.append(
+            f"as measured one by one, instructions make a step of {seconds_text(drift.explained_step_seconds)}, but "
+            f"steps took {seconds_text(drift.step_seconds)}: the machine was not alike in both; run again"
+        )
+    if len(run.steps) < FEW_STEPS:
+        found.append(f"only {len(run.steps)} of its steps have times of instructions; give execute more --steps")
+    cluster = run.plan.hardware
+    for row in run.summary.devices:
+        name = cluster.device(row.device).name
+        if name.startswith(CORE_OF) and row.kind not in name:
+            found.append(f"the machine file says {name.removeprefix(CORE_OF)}, the run was on {row.kind}")
+            break
+    return tuple(found)
 
 
 def in_words(row: Row) -> str:

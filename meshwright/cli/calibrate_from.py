@@ -9,7 +9,14 @@ from pathlib import Path
 from meshwright.calibrate.drift import Drift, Group, find_drift
 from meshwright.calibrate.drift_correct import corrected_cluster, corrected_plan
 from meshwright.calibrate.drift_fit import Parts, fit_factors, parts_of
-from meshwright.calibrate.drift_report import corrections, corrections_text, report_data, report_text, rows_of
+from meshwright.calibrate.drift_report import (
+    corrections,
+    corrections_text,
+    doubts,
+    report_data,
+    report_text,
+    rows_of,
+)
 from meshwright.calibrate.drift_shares import kernel_shares
 from meshwright.calibrate.hardware import Cluster, load_cluster, save_cluster
 from meshwright.errors import ClusterError, ModelError
@@ -34,7 +41,10 @@ class Seen:
         shares, note = shares_of(run.plan)
         if note:
             print(f"{folder}: {note}", file=sys.stderr)
-        return Seen(folder, run, find_drift(run), parts_of(run.plan, shares))
+        drift = find_drift(run)
+        for doubt in doubts(run, drift):
+            print(f"{folder}: note: {doubt}", file=sys.stderr)
+        return Seen(folder, run, drift, parts_of(run.plan, shares))
 
 
 def correct_from(folders: Sequence[str], out: str, *, as_json: bool) -> int:
@@ -63,6 +73,7 @@ def correct_from(folders: Sequence[str], out: str, *, as_json: bool) -> int:
                 {
                     "run": one.folder,
                     **report_data(one.drift, rows_of(one.drift, one.parts, cluster)),
+                    "notes": doubts(one.run, one.drift),
                     "corrected_step_seconds": seconds,
                     "error_fraction_before": one.drift.predicted_step_seconds / one.drift.step_seconds - 1,
                     "error_fraction_after": seconds / one.drift.step_seconds - 1,

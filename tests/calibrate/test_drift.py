@@ -68,6 +68,13 @@ def test_the_error_of_a_ratio_is_that_of_a_median() -> None:
     assert log_error(steps, {Forward(0, 0): 1.0}) == pytest.approx(sigma * sqrt(np.pi / 2 / n), rel=0.02)
 
 
+def test_few_steps_know_little_of_their_own_spread() -> None:
+    """With n steps the error has the one-sigma quantile of Student's t of n - 1: 1.84 for 2 steps, 1.32 for 3."""
+    steps = [[(Forward(0, 0), exp(x))] for x in (-0.1, 0.0, 0.1)]
+    usual = 1.4826 * 0.1 * sqrt(np.pi / 2 / 3)
+    assert log_error(steps, {Forward(0, 0): 1.0}) == pytest.approx(1.3213 * usual, rel=1e-3)
+
+
 @pytest.mark.parametrize("fix", [TWO_STAGES, FOUR_STAGES])
 def test_a_run_that_is_as_predicted_has_no_drift(fix: object) -> None:
     plan = planned(machine(4 if fix is FOUR_STAGES else 2), fix)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from math import exp
 
+import msgspec
 import pytest
 
 from meshwright.calibrate.drift import Drift, find_drift
@@ -14,14 +15,24 @@ from meshwright.calibrate.drift_report import (
     Row,
     corrections,
     corrections_text,
+    doubts,
     in_words,
     report_data,
     report_text,
     rows_of,
 )
 from meshwright.calibrate.hardware import Cluster
+from meshwright.execute.record import Run
 from meshwright.plan.planfile import Plan
-from tests.calibrate.simulated_runs import TWO_STAGES, machine, planned, run_on, slower_device, slower_link
+from tests.calibrate.simulated_runs import (
+    TWO_STAGES,
+    machine,
+    planned,
+    run_on,
+    slower_device,
+    slower_link,
+    with_device,
+)
 
 
 def drifted(true: Cluster, noise: float = 0.02) -> tuple[Plan, Drift, tuple[Row, ...]]:
@@ -45,6 +56,36 @@ def test_what_the_file_leaves_open_is_said_so() -> None:
     _, _, rows = drifted(slower_device(machine(2), 1.07), noise=0.002)
     assert verdicts(rows, transfers=False) == {INSIDE}
     assert verdicts(rows, transfers=True) <= {AS_PREDICTED, INSIDE}
+
+
+def doubts_of(run: Run) -> str:
+    return " | ".join(doubts(run, find_drift(run)))
+
+
+def test_a_good_witness_raises_no_doubt() -> None:
+    plan = planned(machine(2), TWO_STAGES)
+    assert doubts_of(run_on(plan, plan, noise=0.02)) == ""
+
+
+def test_a_run_that_was_disturbed_is_doubted() -> None:
+    plan = planned(machine(2), TWO_STAGES)
+    run = run_on(plan, plan, noise=0.02)
+    seconds = run.summary.step_seconds
+    uneven = tuple(each * (2.0 if n % 2 else 1.0) for n, each in enumerate(seconds))
+    assert "other work may have run beside them" in doubts_of(with_steps(run, uneven))
+    assert "the machine was not alike in both" in doubts_of(with_steps(run, tuple(2 * each for each in seconds)))
+
+
+def test_a_short_run_and_another_cpu_are_doubted() -> None:
+    plan = planned(machine(2), TWO_STAGES)
+    assert "only 2 of its steps have times" in doubts_of(run_on(plan, plan, steps=2))
+    cluster = with_device(machine(2), lambda d: msgspec.structs.replace(d, name="core of AMD EPYC"))
+    of_a_core = planned(cluster, TWO_STAGES)
+    assert "the machine file says AMD EPYC, the run was on test device" in doubts_of(run_on(of_a_core, of_a_core))
+
+
+def with_steps(run: Run, seconds: tuple[float, ...]) -> Run:
+    return msgspec.structs.replace(run, summary=msgspec.structs.replace(run.summary, step_seconds=seconds))
 
 
 def test_the_largest_differences_are_told_in_words() -> None:
