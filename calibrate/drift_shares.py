@@ -103,6 +103,6 @@ def _cost(plan: Plan, graph: ModelGraph, cluster: Cluster, index: int, roles: tu
     if stage.boundaries[0] not in layouts or stage.boundaries[-1] not in layouts:
         return None
     slowdown = cluster.hosts[0].slowdown(cluster.hosts[0].devices)  # as the search weighs compute
-    setting = Setting(graph, plan.microbatches, plan.remat == "full", Memory(), slowdown)
+    setting = Setting(graph, plan.microbatches, plan.recomputes(index), Memory(), slowdown)
     entry, leave = layouts.index(stage.boundaries[0]), layouts.index(stage.boundaries[-1])
     return StagePricer(setting, (kind,)).cost(*stage.layers, 0, entry, leave)

@@ -20,6 +20,7 @@ from meshwright.execute.transport.local import LocalTransport
 from meshwright.models.base import Model
 from meshwright.plan.planfile import Plan, plan_json
 from meshwright.plan.predict import program_of
+from meshwright.plan.schedule_rules import RUNNABLE
 from meshwright.plan.trace.model import trace
 from meshwright.simulate.timeline import Timeline
 
@@ -165,6 +166,10 @@ def build(plan: Plan, model: Model, optimizer: Any, group: ProcessGroup | None =
         from meshwright.execute.transport.mpi import MpiTransport
 
         transport = MpiTransport(group.communicator)
+    if plan.schedule not in RUNNABLE:
+        raise ExecutionError(
+            f"schedule {plan.schedule} can be planned but not executed yet; plan with --schedules {','.join(RUNNABLE)}"
+        )
     if plan.devices > len(every):
         raise ExecutionError(f"the plan wants {plan.devices} devices and there are {len(every)}; start more ranks")
     tree_owners = owners(splits)
@@ -183,7 +188,7 @@ def build(plan: Plan, model: Model, optimizer: Any, group: ProcessGroup | None =
         box = np.array([every[d] for d in stage.devices]).reshape(tuple(stage.mesh.values()))
         mesh = Mesh(box, tuple(stage.mesh), axis_types=(AxisType.Auto,) * len(stage.mesh))
         meshes[split.index] = mesh
-        programs[split.index] = build_stage(split, traced, mesh, plan.microbatches, plan.remat == "full")
+        programs[split.index] = build_stage(split, traced, mesh, plan.microbatches, plan.recomputes(split.index))
         updates[split.index] = _compiled_update(cut, split, mesh)
     program = program_of(plan.schedule, plan.microbatches, len(plan.stages), plan.transfers, plan.tied)
     runtime = Runtime(

@@ -1,32 +1,32 @@
 """Inter-operator planning: which layers form a stage, on which devices, with which layouts at the borders.
 
-The stage DP is exact for a stated *surrogate* of the iteration time; the event engine judges its finalists. Stage s
-takes t_s for the forward and backward of one micro-batch, the hop after it x_s (activation out, cotangent back; 0 for
-the last), u_s once per iteration (gradient sync, update). With B micro-batches
-
-    1F1B:   T = sum_s (t_s + x_s) + (B - 1) max_s (t_s + x_s)           + max_s u_s
-    GPipe:  T = sum_s (t_s + x_s) + (B - 1) max(max_s t_s, max_s x_s)   + max_s u_s
-
-and stage s of S holds min(B, S - s) live micro-batches under 1F1B, B under GPipe. For equal stages without hops both
-are the exact makespan (B + S - 1) t of Narayanan et al., SC 2021, section 2.2, and for any stages without hops and
-once-costs they are Alpa's objective (Zheng et al., OSDI 2022, equation 2). The form of the hop follows the exact
-makespans with overlappable hop latency c each way: GPipe pays (S - 1) 2c, in fill and drain only; 1F1B pays
-2c (B(S - 1)/S + S - 2), about once per micro-batch, because its steady state waits for each transfer.
+The stage DP is exact for a stated *surrogate* of the iteration time (``meshwright.plan.stage_table``,
+``meshwright.plan.schedule_rules``); the event engine judges its finalists.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from meshwright.errors import PlanError
 from meshwright.plan import stage_labels as kernels
+from meshwright.plan.schedule_rules import ScheduleRule
 from meshwright.plan.stage_labels import BoolArray, FloatArray, IntArray
+from meshwright.plan.stage_table import (
+    Stage,
+    StagePlan,
+    StageTable,
+    fill_and_step,
+    fill_share,
+    peak_bytes,
+    rule_of,
+    surrogate_seconds,
+)
 
-PipelineSchedule = Literal["gpipe", "1f1b"]
-_Common = tuple[FloatArray, FloatArray, IntArray, FloatArray, IntArray, BoolArray, int, bool]
+__all__ = ["PipelineSchedule", "Stage", "StagePlan", "StageTable", "best_stages", "peak_bytes", "surrogate_seconds"]
+
+PipelineSchedule = str  # a name in ``meshwright.plan.schedule_rules.SIMPLE``
+_Common = tuple[FloatArray, FloatArray, FloatArray, IntArray, FloatArray, IntArray, BoolArray, int, bool]
 
 _ROUNDING = 1e-9  # relative; far above the error of the DP's grid, far below what a plan can gain
 _GRID_BITS = 48  # costs become multiples of total / 2**48, so that float64 sums are exact in any order
@@ -39,114 +39,6 @@ _GUESSES = (
 _WIDER = 16  # labels per state where one finds no plan that fits
 _WINDOWS = (1.01, 1.05)  # alternatives are sought within these ratios to the best total, in turn
 _ALTERNATIVES_WIDTH = 16  # labels per state of that search
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StageTable:
-    """What every possible stage and every hop between stages costs: the input of the stage DP.
-
-    A *kind* of submesh is a number of devices with a logical mesh shape; entry and exit layouts are small ints.
-    Arrays are indexed [first layer, last layer (exclusive), kind, entry layout, exit layout], shape (L, L+1, K, A, A).
-    """
-
-    seconds: FloatArray  # forward and backward of one micro-batch; +inf = impossible
-    once_seconds: FloatArray  # gradient sync and update, once per iteration
-    static_bytes: FloatArray  # per device: parameters, gradients, optimizer state
-    saved_bytes: FloatArray  # per device and live micro-batch
-    transient_bytes: FloatArray  # per device, one micro-batch's at a time
-    # (L+1, 2, K, A, K, A): [layer after the cut, 1 = cut between hosts, kind and exit layout of the left stage, kind
-    # and entry layout of the right]: activation there and cotangent back, one micro-batch
-    hop_seconds: FloatArray
-    devices: IntArray  # (K,)
-    memory_bytes: float  # limit per device
-    devices_per_host: int
-    total_devices: int
-
-    def __post_init__(self) -> None:
-        shape = self.seconds.shape
-        if len(shape) != 5 or 0 in shape or shape[1] != shape[0] + 1 or shape[3] != shape[4]:
-            raise PlanError(f"stage seconds have shape {shape}; needed is (L, L+1, K, A, A) with L layers, K kinds")
-        layers, _, kinds, layouts, _ = shape
-        wanted: dict[str, tuple[int, ...]] = dict.fromkeys(
-            ("once_seconds", "static_bytes", "saved_bytes", "transient_bytes"), shape
-        )
-        wanted |= {"hop_seconds": (layers + 1, 2, kinds, layouts, kinds, layouts), "devices": (kinds,)}
-        for name, needed in wanted.items():
-            if getattr(self, name).shape != needed:
-                raise PlanError(f"{name} has shape {getattr(self, name).shape}; beside these seconds it is {needed}")
-        for name in ("seconds", *wanted):
-            array = getattr(self, name)
-            if not (array >= 0).all():  # also false for NaN
-                raise PlanError(f"{name} holds {array[~(array >= 0)][0]}; a cost is at least 0 (+inf = impossible)")
-        if not self.memory_bytes > 0 or self.devices_per_host < 1 or self.total_devices < 1:
-            raise PlanError(
-                f"stages need memory and devices: got {self.memory_bytes} bytes per device, "
-                f"{self.devices_per_host} devices per host, {self.total_devices} in all"
-            )
-        for n in self.devices.tolist():
-            if n < 1 or (n > self.devices_per_host and n % self.devices_per_host):
-                raise PlanError(
-                    f"a submesh of {n} devices does not tile hosts of {self.devices_per_host}: "
-                    f"use part of one host or whole hosts"
-                )
-
-    @property
-    def layers(self) -> int:
-        return len(self.seconds)
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Stage:
-    """Layers ``first_layer``..``last_layer``-1 on one submesh, from ``first_device`` on."""
-
-    first_layer: int
-    last_layer: int
-    kind: int
-    entry: int
-    exit: int
-    first_device: int
-
-    @property
-    def cell(self) -> tuple[int, int, int, int, int]:
-        """Where the stage's costs lie in a ``StageTable``."""
-        return self.first_layer, self.last_layer, self.kind, self.entry, self.exit
-
-
-@dataclass(frozen=True, slots=True)
-class StagePlan:
-    """One way to run the chain, with what the surrogate says of it."""
-
-    stages: tuple[Stage, ...]
-    surrogate_seconds: float
-    peak_bytes: tuple[float, ...]  # of the fullest device of each stage
-
-    @property
-    def shape(self) -> tuple[tuple[int, int], ...]:
-        """Cuts and kinds, without the layouts."""
-        return tuple((s.last_layer, s.kind) for s in self.stages)
-
-
-def surrogate_seconds(
-    table: StageTable, stages: Sequence[Stage], microbatches: int, schedule: PipelineSchedule, cross_mesh: bool = True
-) -> float:
-    """The surrogate of one iteration's time (formulas and sources: this module's docstring)."""
-    times = [float(table.seconds[s.cell]) for s in stages]
-    hops = [_hop_seconds(table, left, right) if cross_mesh else 0.0 for left, right in pairwise(stages)] + [0.0]
-    joint = [t + x for t, x in zip(times, hops, strict=True)]
-    largest = max(joint) if schedule == "1f1b" else max(*times, *hops)
-    return sum(joint) + (microbatches - 1) * largest + max(float(table.once_seconds[s.cell]) for s in stages)
-
-
-def peak_bytes(
-    table: StageTable, stages: Sequence[Stage], microbatches: int, schedule: PipelineSchedule
-) -> tuple[float, ...]:
-    """Peak per device of each stage: static + live micro-batches x saved + transient."""
-    peaks = []
-    for to_end, stage in zip(range(len(stages), 0, -1), stages, strict=True):
-        live = min(microbatches, to_end) if schedule == "1f1b" else microbatches
-        static, saved = table.static_bytes[stage.cell], table.saved_bytes[stage.cell]
-        peaks.append(float(static + live * saved + table.transient_bytes[stage.cell]))
-    return tuple(peaks)
 
 
 def best_stages(
@@ -168,7 +60,9 @@ def best_stages(
     faster. The others are of different *shapes* (a shape is the cuts and kinds), each with its best layouts, within 5 %
     of the optimum (choosing by the surrogate alone loses 1 to 5 % against simulation), so there may be fewer than
     ``keep``. They are the very best of those on small tables; on large ones, where more than 16 ways to run the rest
-    of the chain compete at one cut, they are good but need not be the very best.
+    of the chain compete at one cut, they are good but need not be the very best. Where the live micro-batches of a
+    schedule depend on all stages (zb-h1, zb-h2) and memory is short, stages are limited to each of 1 to 8, 16, 32, ...
+    in turn, and a plan is held to what that many would hold.
 
     Args:
         keep: number of plans wanted.
@@ -184,16 +78,22 @@ def best_stages(
         raise PlanError(
             f"micro-batches, plans kept and stages are at least 1; got {microbatches}, {keep} and {max_stages}"
         )
-    if schedule not in ("gpipe", "1f1b"):
-        raise PlanError(f"the stage search knows the schedules gpipe and 1f1b, not {schedule!r}")
-    search = _Search(table, microbatches, schedule, max_stages or table.layers, cross_mesh, all_devices)
-    plans = search.run(search.upper_bound(), 1)
-    for window in _WINDOWS if plans and keep > 1 else ():
-        best = plans[0]
-        near = search.run(window * best.surrogate_seconds, keep, max(_ALTERNATIVES_WIDTH, keep))
-        plans = [best, *(plan for plan in near if plan.shape != best.shape)][:keep]
-        if len(plans) == keep:
+    rule = rule_of(schedule)
+    most = min(max_stages or table.layers, table.layers, table.total_devices)
+    plans: list[StagePlan] = []
+    misses: list[PlanError] = []
+    for stages in _depths(most) if rule.live_by_total else (most,):
+        search = _Search(table, microbatches, rule, stages, cross_mesh, all_devices)
+        try:
+            plans += search.best(keep)
+        except PlanError as error:
+            misses.append(error)
+        if not search.memory_binds:
             break
+    if not plans and misses:
+        raise misses[-1]
+    if rule.live_by_total:
+        plans = _distinct(table, plans)[:keep]
     if not plans:
         raise PlanError(
             f"no chain of stages covers all {table.layers} layers on {table.total_devices} devices: some layer is "
@@ -202,33 +102,76 @@ def best_stages(
     return plans
 
 
+def _depths(most: int) -> Iterator[int]:
+    """Limits to the number of stages, largest first."""
+    stages = 1 << most.bit_length() - 1
+    if stages < most:
+        yield most
+    while stages > 8:
+        yield stages
+        stages //= 2
+    yield from range(min(stages, most), 0, -1)
+
+
+def _distinct(table: StageTable, plans: Sequence[StagePlan]) -> list[StagePlan]:
+    """The plans of searches under several limits, best first, the first of each shape."""
+
+    def order(plan: StagePlan) -> tuple[float, int, int, tuple[Stage, ...]]:
+        used = sum(int(table.devices[stage.kind]) for stage in plan.stages)
+        return plan.surrogate_seconds, -used, len(plan.stages), plan.stages
+
+    first_of: dict[tuple[tuple[int, int], ...], StagePlan] = {}
+    for plan in sorted(plans, key=order):
+        first_of.setdefault(plan.shape, plan)
+    return list(first_of.values())
+
+
 class _Search:
-    """The table as the kernels read it, under one schedule."""
+    """The table as the kernels read it, under one schedule and with at most so many stages."""
 
     def __init__(
         self,
         table: StageTable,
         microbatches: int,
-        schedule: PipelineSchedule,
+        rule: ScheduleRule,
         max_stages: int,
         cross_mesh: bool,
         all_devices: bool,
     ) -> None:
-        self.table, self.microbatches, self.schedule = table, microbatches, schedule
+        self.table, self.microbatches, self.rule = table, microbatches, rule
         self.max_stages, self.cross_mesh, self.all_devices = max_stages, cross_mesh, all_devices
-        self.joint = schedule == "1f1b"
+        self.joint = rule.hops_wait
         self.devices = np.ascontiguousarray(table.devices, dtype=np.int64)
         self.fits_at = _fits_at(table)
-        self.max_live = _max_live(table, microbatches)
-        fits = self.max_live >= (1 if self.joint else microbatches)
-        fits &= np.isfinite(table.once_seconds)
-        fits &= np.arange(table.layers)[:, None, None, None, None] < np.arange(table.layers + 1)[:, None, None, None]
-        self.seconds = np.where(fits, table.seconds, np.inf)
+        self.max_depth = _max_depth(_max_live(table, microbatches), rule, max_stages, microbatches)
+        possible = np.isfinite(table.seconds) & np.isfinite(table.once_seconds)
+        possible &= (
+            np.arange(table.layers)[:, None, None, None, None] < np.arange(table.layers + 1)[:, None, None, None]
+        )
+        self.memory_binds = bool((self.max_depth[possible] < kernels.NEVER).any())
+        share = fill_share(table, rule, microbatches)
+        seconds = np.where(possible & (self.max_depth >= 1), table.seconds, np.inf)
+        self.fill, self.step = fill_and_step(seconds, None if share is None else share[..., None, None], microbatches)
         self.hops = table.hop_seconds if cross_mesh else np.zeros_like(table.hop_seconds)
+
+    def best(self, keep: int) -> list[StagePlan]:
+        """The best plans, best first; none if no chain of stages covers the layers.
+
+        Raises:
+            PlanError: memory is what is missing.
+        """
+        plans = self.run(self.upper_bound(), 1)
+        for window in _WINDOWS if plans and keep > 1 else ():
+            best = plans[0]
+            near = self.run(window * best.surrogate_seconds, keep, max(_ALTERNATIVES_WIDTH, keep))
+            plans = [best, *(plan for plan in near if plan.shape != best.shape)][:keep]
+            if len(plans) == keep:
+                break
+        return plans
 
     def upper_bound(self) -> float:
         """The total of a good plan, found with few labels per state; +inf if it takes more to find one that fits."""
-        arrays = (self.seconds, self.table.once_seconds, self.hops)
+        arrays = (self.fill, self.step, self.table.once_seconds, self.hops)
         closed, _ = kernels.prefix_bounds(*self._common(*arrays), np.inf)
         least_sum, least_largest, least_once = closed[-1].min(axis=(0, 1, 2))
         repeated = (self.microbatches - 1) * least_largest if self.microbatches > 1 else 0.0  # 0 · inf is no number
@@ -244,19 +187,20 @@ class _Search:
     def run(self, upper: float, keep: int, width: int = int(kernels.NEVER)) -> list[StagePlan]:
         """The ``keep`` best plans among those up to ``upper``; exact if the labels per state are not limited."""
         upper *= 1 + _ROUNDING
-        arrays = (self.seconds, self.table.once_seconds, self.hops)
+        arrays = (self.fill, self.step, self.table.once_seconds, self.hops)
         scale = (
             upper if np.isfinite(upper) else max(float(np.max(x, where=np.isfinite(x), initial=0.0)) for x in arrays)
         )
         step = 2.0 ** (np.floor(np.log2(scale)) - _GRID_BITS) if scale > 0 else 1.0
-        seconds, once, hops = (np.where(x <= upper, np.round(x / step) * step, np.inf) for x in arrays)
-        return self._run(seconds, once, hops, upper, keep, width)
+        fill, steps, once, hops = (np.where(x <= upper, np.round(x / step) * step, np.inf) for x in arrays)
+        return self._run(np.where(np.isfinite(steps), fill, np.inf), steps, once, hops, upper, keep, width)
 
-    def _common(self, seconds: FloatArray, once: FloatArray, hops: FloatArray) -> _Common:
+    def _common(self, fill: FloatArray, steps: FloatArray, once: FloatArray, hops: FloatArray) -> _Common:
         return (
-            np.ascontiguousarray(seconds),
+            np.ascontiguousarray(fill),
+            np.ascontiguousarray(steps),
             np.ascontiguousarray(once),
-            self.max_live,
+            self.max_depth,
             np.ascontiguousarray(hops),
             self.devices,
             self.fits_at,
@@ -265,9 +209,16 @@ class _Search:
         )
 
     def _run(
-        self, seconds: FloatArray, once: FloatArray, hops: FloatArray, upper: float, keep: int, width: int
+        self,
+        fill: FloatArray,
+        steps: FloatArray,
+        once: FloatArray,
+        hops: FloatArray,
+        upper: float,
+        keep: int,
+        width: int,
     ) -> list[StagePlan]:
-        common = self._common(seconds, once, hops)
+        common = self._common(fill, steps, once, hops)
         closed, opened = kernels.prefix_bounds(*common, upper)
         ends = kernels.search_labels(
             *common,
@@ -276,17 +227,17 @@ class _Search:
             self.max_stages,
             closed,
             opened,
-            self._slack(seconds),
+            self._slack(fill),
             upper,
             keep,
             width,
         )
         return self._plans(keep, *ends)
 
-    def _slack(self, seconds: FloatArray) -> IntArray:
+    def _slack(self, fill: FloatArray) -> IntArray:
         """(L+1,) how deep a pipeline may get before any stage that ends at or before a cut runs out of memory."""
-        live = np.where(np.isfinite(seconds), self.max_live, kernels.NEVER).min(axis=(0, 2, 3, 4))
-        return np.minimum.accumulate(np.minimum(live, self.max_stages)).astype(np.int64)
+        depth = np.where(np.isfinite(fill), self.max_depth, kernels.NEVER).min(axis=(0, 2, 3, 4))
+        return np.minimum.accumulate(np.minimum(depth, self.max_stages)).astype(np.int64)
 
     def _plans(self, keep: int, facts: IntArray, totals: FloatArray, pool: IntArray) -> list[StagePlan]:
         ranked = sorted(
@@ -296,8 +247,8 @@ class _Search:
         plans: list[StagePlan] = []
         shapes = set()
         for _, _, _, stages in ranked:
-            seconds = surrogate_seconds(self.table, stages, self.microbatches, self.schedule, self.cross_mesh)
-            plan = StagePlan(stages, seconds, peak_bytes(self.table, stages, self.microbatches, self.schedule))
+            seconds = surrogate_seconds(self.table, stages, self.microbatches, self.rule.name, self.cross_mesh)
+            plan = StagePlan(stages, seconds, peak_bytes(self.table, stages, self.microbatches, self.rule.name))
             if plan.shape not in shapes:
                 shapes.add(plan.shape)
                 plans.append(plan)
@@ -320,7 +271,7 @@ class _Search:
         possible = np.isfinite(table.seconds) & np.isfinite(table.once_seconds)
         per_depth = []
         for depth in range(1, min(self.max_stages, table.total_devices, table.layers) + 1):
-            live = min(self.microbatches, depth) if self.joint else self.microbatches
+            live = self.rule.live(depth, depth, self.microbatches)
             peak = table.static_bytes + live * table.saved_bytes + table.transient_bytes
             per_depth.append(np.where(possible, peak, np.inf).min(axis=(3, 4)))
         least = kernels.least_peak_bytes(np.stack(per_depth), self.devices, self.fits_at, self.all_devices)
@@ -333,11 +284,6 @@ class _Search:
             )
 
 
-def _hop_seconds(table: StageTable, left: Stage, right: Stage) -> float:
-    crosses = int(right.first_device % table.devices_per_host == 0)
-    return float(table.hop_seconds[right.first_layer, crosses, left.kind, left.exit, right.kind, right.entry])
-
-
 def _fits_at(table: StageTable) -> BoolArray:
     """(K, D) whether a stage of a kind may start at a device."""
     first, n, per_host = np.arange(table.total_devices), table.devices[:, None], table.devices_per_host
@@ -345,6 +291,15 @@ def _fits_at(table: StageTable) -> BoolArray:
     aligned = (first % per_host == 0) & (n > per_host)
     fits: BoolArray = (inside | aligned) & (first + n <= table.total_devices)
     return fits
+
+
+def _max_depth(max_live: IntArray, rule: ScheduleRule, most_stages: int, microbatches: int) -> IntArray:
+    """Most stages from one on with which its live micro-batches fit; ``NEVER``: no number of stages is too many."""
+    depths = range(1, most_stages + 1)
+    lives = [rule.live(d, most_stages if rule.live_by_total else d, microbatches) for d in depths]
+    held = np.maximum.accumulate(np.array(lives))
+    depth = np.searchsorted(held, max_live, side="right")
+    return np.where(depth == most_stages, kernels.NEVER, depth).astype(np.int64)
 
 
 def _max_live(table: StageTable, microbatches: int) -> IntArray:

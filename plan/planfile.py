@@ -36,7 +36,11 @@ class Layout(_Record, frozen=True):
 
 
 class PlannedStage(_Record, frozen=True):
-    """Layers ``layers[0] .. layers[1]-1`` on ``devices``, which form the mesh; one micro-batch's seconds."""
+    """Layers ``layers[0] .. layers[1]-1`` on ``devices``, which form the mesh; one micro-batch's seconds.
+
+    ``weight_gradient_seconds`` are the part of the backward computation that a schedule with split backwards puts off;
+    ``remat`` is None in files that say it for the whole plan.
+    """
 
     layers: tuple[int, int]
     devices: tuple[int, ...]
@@ -54,6 +58,8 @@ class PlannedStage(_Record, frozen=True):
     saved_bytes: float
     transient_bytes: float
     peak_memory_bytes: float
+    weight_gradient_seconds: float | None = None
+    remat: Literal["none", "full"] | None = None
 
     @property
     def forward_seconds(self) -> float:
@@ -101,7 +107,12 @@ class Rival(_Record, frozen=True):
 
 
 class Plan(_Record, frozen=True):
-    """A model's training step, cut, sharded and scheduled for a cluster."""
+    """A model's training step, cut, sharded and scheduled for a cluster.
+
+    Stages that name the same devices share a mesh (virtual stages). ``remat`` is "mixed" where stages differ.
+    ``fallback`` is a leaner plan, for the case that the device holds more than was predicted; None: this plan is lean
+    enough, or there is no leaner one (then a note says so).
+    """
 
     format: str
     version: int
@@ -111,7 +122,7 @@ class Plan(_Record, frozen=True):
     batch: int
     microbatches: int
     schedule: str
-    remat: Literal["none", "full"]
+    remat: Literal["none", "full", "mixed"]
     tokens_per_sample: int
     parameters: int
     model_flops: float  # of one micro-batch
@@ -124,14 +135,17 @@ class Plan(_Record, frozen=True):
     search: dict[str, int | float]
     rivals: tuple[Rival, ...]
     notes: tuple[str, ...] = ()
+    fallback: "Plan | None" = None
 
     def __post_init__(self) -> None:
         layers = [stage.layers for stage in self.stages]
         if not layers or layers[0][0] != 0 or any(a[1] != b[0] for a, b in pairwise(layers)):
             raise PlanError(f"stages hold layers {layers}; they must follow one another from 0")
-        devices = [d for stage in self.stages for d in stage.devices]
+        devices = [d for mesh in self.meshes for d in mesh]
         if len(set(devices)) != len(devices):
-            raise PlanError("a device is in two stages")
+            raise PlanError("a device is in two meshes; stages share all of their devices or none")
+        if len(self.stages) % len(self.meshes):
+            raise PlanError(f"{len(self.stages)} stages do not spread evenly over {len(self.meshes)} meshes")
         if self.microbatches < 1 or self.batch % self.microbatches:
             raise PlanError(f"a batch of {self.batch} does not split into {self.microbatches} micro-batches")
         for index, stage in enumerate(self.stages):
@@ -149,8 +163,17 @@ class Plan(_Record, frozen=True):
         return cluster_from_data(self.cluster, "plan.cluster")
 
     @property
+    def meshes(self) -> tuple[tuple[int, ...], ...]:
+        """The devices of each mesh; each holds one stage, or as many as every other."""
+        return tuple(dict.fromkeys(stage.devices for stage in self.stages))
+
+    @property
     def devices(self) -> int:
-        return sum(len(stage.devices) for stage in self.stages)
+        return sum(len(mesh) for mesh in self.meshes)
+
+    def recomputes(self, stage: int) -> bool:
+        """Whether a stage runs its forward again in its backward."""
+        return (self.stages[stage].remat or self.remat) == "full"
 
     @property
     def microbatch_size(self) -> int:
@@ -280,10 +303,13 @@ def public_json(plan: Plan) -> dict[str, Any]:
                 "forward_seconds": stage.forward_seconds,
                 "backward_seconds": stage.backward_seconds,
                 "peak_memory_bytes": stage.peak_memory_bytes,
+                "remat": "full" if plan.recomputes(index) else "none",
             }
-            for stage in plan.stages
+            for index, stage in enumerate(plan.stages)
         ],
         "predicted": msgspec.to_builtins(plan.predicted),
         "search": plan.search,
         "rivals": [msgspec.to_builtins(rival) for rival in plan.rivals],
+        "notes": list(plan.notes),
+        "fallback": None if plan.fallback is None else public_json(plan.fallback),
     }

@@ -10,6 +10,7 @@ from meshwright.calibrate.hardware import Cluster
 from meshwright.calibrate.uncertainty import Interval, shipped_intervals
 from meshwright.plan.planfile import Plan, PlannedStage, Predicted, Transfer, load_plan, public_json
 from meshwright.simulate.build import build_program
+from meshwright.simulate.compiled import Compiled
 from meshwright.simulate.flows import transfer_flow
 from meshwright.simulate.network import Network, network
 from meshwright.simulate.pipeline import PipelineCosts, StageCosts, TransferCost, compiled_schedule, simulate
@@ -38,13 +39,38 @@ class Prediction:
 
 
 def program_of(
-    schedule: str, microbatches: int, stages: int, transfers: tuple[Transfer, ...], tied: tuple[tuple[int, int], ...]
+    schedule: str,
+    microbatches: int,
+    stages: int,
+    transfers: tuple[Transfer, ...],
+    tied: tuple[tuple[int, int], ...],
+    meshes: int | None = None,
 ) -> Program:
-    return build_program(schedule, stages, microbatches, _edges(transfers), tied)
+    """The instructions of every mesh; as many meshes as stages, unless fewer hold several stages each."""
+    each = _chunks(stages, meshes)
+    return build_program(schedule, stages // (each or 1), microbatches, _edges(transfers), tied, chunks=each)
+
+
+def _chunks(stages: int, meshes: int | None) -> int | None:
+    """Stages a mesh, where there are several."""
+    return None if meshes is None or meshes == stages else stages // meshes
 
 
 def _edges(transfers: tuple[Transfer, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(sorted({(t.source, t.target) for t in transfers if t.what == "activation"}))
+
+
+def _compiled(
+    schedule: str,
+    microbatches: int,
+    stages: tuple[PlannedStage, ...],
+    transfers: tuple[Transfer, ...],
+    tied: tuple[tuple[int, int], ...],
+) -> Compiled:
+    meshes = len({stage.devices for stage in stages})
+    return compiled_schedule(
+        schedule, meshes, microbatches, _edges(transfers), tied, chunks=_chunks(len(stages), meshes)
+    )
 
 
 def simulate_stages(
@@ -56,8 +82,7 @@ def simulate_stages(
     tied: tuple[tuple[int, int], ...] = (),
 ) -> Timeline:
     """Run the event engine on planned stages; transfers between them meet on the links of the cluster."""
-    program = compiled_schedule(schedule, len(stages), microbatches, _edges(transfers), tied)
-    return simulate(program, costs_of(cluster, stages, transfers))
+    return simulate(_compiled(schedule, microbatches, stages, transfers, tied), costs_of(cluster, stages, transfers))
 
 
 def costs_of(cluster: Cluster, stages: tuple[PlannedStage, ...], transfers: tuple[Transfer, ...]) -> PipelineCosts:
@@ -65,7 +90,11 @@ def costs_of(cluster: Cluster, stages: tuple[PlannedStage, ...], transfers: tupl
     net = network(cluster)
     return PipelineCosts(
         stages=tuple(_stage_costs(stage, cluster) for stage in stages),
-        transfers={(t.source, t.target, t.what): _over_links(t, stages, net) for t in transfers},
+        transfers={
+            (t.source, t.target, t.what): _over_links(t, stages, net)
+            for t in transfers
+            if stages[t.source].devices != stages[t.target].devices  # of one mesh: nothing is sent
+        },
         cores=core_sharing(cluster),
         link_bytes_per_second=tuple(link.bytes_per_second for link in net.links),
     )
@@ -79,10 +108,14 @@ def _stage_costs(stage: PlannedStage, cluster: Cluster) -> StageCosts:
     """
     host = cluster.hosts[cluster.host_of(stage.devices[0])]
     together = host.slowdown(min(len(stage.devices), host.devices))
+    backward_seconds = stage.backward_seconds - (1 - 1 / together) * stage.backward_communication_seconds
+    late = stage.weight_gradient_seconds
     return StageCosts(
         devices=stage.devices,
         forward_seconds=stage.forward_seconds - (1 - 1 / together) * stage.forward_communication_seconds,
-        backward_seconds=stage.backward_seconds - (1 - 1 / together) * stage.backward_communication_seconds,
+        backward_seconds=backward_seconds,
+        input_seconds=None if late is None else backward_seconds - late,
+        weight_seconds=None if late is None else late + stage.dispatch_seconds,  # one more program to start
         reduce_seconds=stage.reduce_seconds / together,
         update_seconds=stage.update_seconds + stage.dispatch_seconds,
         static_bytes=stage.static_bytes,
@@ -93,7 +126,7 @@ def _stage_costs(stage: PlannedStage, cluster: Cluster) -> StageCosts:
 
 def sample_plan(plan: Plan, variability: Variability, *, samples: int, seed: int = 0) -> StepSamples:
     """Times of many steps of a plan, each with chances of its own."""
-    program = compiled_schedule(plan.schedule, len(plan.stages), plan.microbatches, _edges(plan.transfers), plan.tied)
+    program = _compiled(plan.schedule, plan.microbatches, plan.stages, plan.transfers, plan.tied)
     costs = costs_of(plan.hardware, plan.stages, plan.transfers)
     return sample_steps(program, costs, variability, samples=samples, seed=seed)
 

@@ -1,7 +1,7 @@
 """Numba kernels of the stage DP: lower bounds of prefixes, then Pareto labels of suffixes (``meshwright.plan.inter``).
 
 A *label* is one way to run layers i..L-1. It has four values that a prefix can still change the weight of: the sum of
-stage times, the largest stage time, the hop before its first stage and the largest once-per-iteration time. Labels of
+what stages add, the largest step, the hop before its first stage and the largest once-per-iteration time. Labels of
 the same state (layer, device offset, kind, layout) compete; a label that loses in everything is dropped. What keeps
 the fronts short is that every label is first lifted to the lower bound of all prefixes that can precede it (no prefix
 can undo it, so no total changes) and dropped when even the best prefix cannot bring it under a known total.
@@ -25,9 +25,10 @@ _SHAPE_STEP = 6364136223846793005  # Knuth's 64-bit multiplier: shapes are told 
 
 @njit(cache=True)
 def prefix_bounds(
+    fill: FloatArray,
     seconds: FloatArray,
     once: FloatArray,
-    max_live: IntArray,
+    max_depth: IntArray,
     hops: FloatArray,
     devices: IntArray,
     fits_at: BoolArray,
@@ -38,11 +39,12 @@ def prefix_bounds(
     """Least (sum, largest, once) of the stages before a cut, each minimised alone.
 
     Args:
-        seconds, once: (L, L+1, K, A, A), +inf where a stage is impossible.
-        max_live: same shape, micro-batches that fit in memory.
+        fill, seconds, once: (L, L+1, K, A, A), what a stage adds to the sum, what its step takes, and what it takes
+            once an iteration; fill is +inf where a stage is impossible.
+        max_depth: same shape, the most stages from this one to the end with which it fits in memory.
         hops: (L+1, 2, K, A, K, A).
         fits_at: (K, D) whether a stage of a kind may start at a device.
-        joint: whether a hop adds to the time of the stage before it (1F1B) or runs beside it (GPipe).
+        joint: whether a hop adds to the step of the stage before it (1F1B) or runs beside it (GPipe).
         upper: sums above it are of no use.
 
     Returns:
@@ -50,7 +52,7 @@ def prefix_bounds(
         ``opened`` (L+1, D+1, K, A, 3): a stage of this kind and entry layout starts here, the hop paid.
         +inf where no prefix leads.
     """
-    layers, kinds, layouts = seconds.shape[0], seconds.shape[2], seconds.shape[3]
+    layers, kinds, layouts = fill.shape[0], fill.shape[2], fill.shape[3]
     total = fits_at.shape[1]
     closed = np.full((layers + 1, total + 1, kinds, layouts, 3), np.inf)
     opened = np.full((layers + 1, total + 1, kinds, layouts, 3), np.inf)
@@ -84,13 +86,13 @@ def prefix_bounds(
                         continue
                     for j in range(i + 1, layers + 1):
                         for b in range(layouts):
-                            time = seconds[i, j, k, a, b]
-                            # A stage that is not the last holds two micro-batches in 1F1B (if there are two).
-                            if before[0] + time > upper or (joint and j < layers and max_live[i, j, k, a, b] < 2):
+                            time = fill[i, j, k, a, b]
+                            # A stage that is not the last is at least two deep.
+                            if before[0] + time > upper or (j < layers and max_depth[i, j, k, a, b] < 2):
                                 continue
                             after = closed[j, end, k, b]
                             after[0] = min(after[0], before[0] + time)
-                            after[1] = min(after[1], max(before[1], time))
+                            after[1] = min(after[1], max(before[1], seconds[i, j, k, a, b]))
                             after[2] = min(after[2], max(before[2], once[i, j, k, a, b]))
     return closed, opened
 
@@ -214,9 +216,10 @@ def _lift(values: FloatArray, bounds: FloatArray, at: int, prefix: FloatArray, w
 
 @njit(cache=True)
 def search_labels(
+    fill: FloatArray,
     seconds: FloatArray,
     once: FloatArray,
-    max_live: IntArray,
+    max_depth: IntArray,
     hops: FloatArray,
     devices: IntArray,
     fits_at: BoolArray,
@@ -236,7 +239,7 @@ def search_labels(
 
     Args (beyond those of ``prefix_bounds``):
         all_devices: whether a plan must reach the last device.
-        weight: how often the largest stage time counts beyond the sum (micro-batches - 1).
+        weight: how often the largest step counts beyond the sum (micro-batches - 1).
         closed, opened: bounds from ``prefix_bounds``.
         slack: (L+1,) the number of stages is of no concern to memory while depth + layers before <= slack.
         upper: labels that cannot end at or below it are dropped.
@@ -246,7 +249,7 @@ def search_labels(
     Returns:
         Facts and totals of whole plans; and the pool of facts that ``NEXT`` points into (-1 ends a plan).
     """
-    layers, kinds, layouts = seconds.shape[0], seconds.shape[2], seconds.shape[3]
+    layers, kinds, layouts = fill.shape[0], fill.shape[2], fill.shape[3]
     total = fits_at.shape[1]
     shapes = np.empty(max(keep, 1), np.int64)
     # Labels after a hop live on (the pool); labels of stages that start at the layer in hand are scratch.
@@ -273,13 +276,13 @@ def search_labels(
                         if j == layers and all_devices and ends_at != total:
                             continue
                         for b in range(layouts):
-                            time = seconds[i, j, k, a, b]
+                            time, step = fill[i, j, k, a, b], seconds[i, j, k, a, b]
                             if prefix[0] + time > upper or time == np.inf:
                                 continue
                             first, last = begin[j, ends_at, k, b], stop[j, ends_at, k, b]
                             for label in range(first, last if j < layers else first + 1):
                                 deep = facts[label, STAGES] + 1 if j < layers else 1
-                                if joint and deep > max_live[i, j, k, a, b]:
+                                if deep > max_depth[i, j, k, a, b]:
                                     continue
                                 if deep + (i > 0) > max_stages:
                                     continue
@@ -288,12 +291,12 @@ def search_labels(
                                 value, fact = new_values[new_tail], new_facts[new_tail]
                                 if j < layers:
                                     value[SUM] = time + values[label, SUM]
-                                    value[LARGEST] = max(values[label, LARGEST], time + values[label, HOP])
+                                    value[LARGEST] = max(values[label, LARGEST], step + values[label, HOP])
                                     value[ONCE] = max(values[label, ONCE], once[i, j, k, a, b])
                                     fact[IDLE], fact[NEXT] = facts[label, IDLE], label
                                     shape = facts[label, SHAPE]
                                 else:
-                                    value[SUM], value[LARGEST], value[ONCE] = time, time, once[i, j, k, a, b]
+                                    value[SUM], value[LARGEST], value[ONCE] = time, step, once[i, j, k, a, b]
                                     fact[IDLE], fact[NEXT] = total - ends_at, -1
                                     shape = 0
                                 value[HOP] = 0.0

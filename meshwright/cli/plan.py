@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from meshwright.calibrate.hardware import parse_cluster
@@ -11,6 +12,8 @@ from meshwright.cli.progress import progress_display
 from meshwright.errors import PlanError
 from meshwright.plan.graph import ModelGraph
 from meshwright.plan.planfile import Plan, public_json, save_plan, seconds_text, table
+from meshwright.plan.request import MEMORY_MARGIN
+from meshwright.plan.schedule_rules import ALL_SCHEDULES, RUNNABLE, find_rule
 from meshwright.plan.search import Fix, Request, search
 
 _COUNTS = ("microbatches", "microbatch-size", "pipeline", "data", "tensor")
@@ -31,6 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="give instead of searching: microbatches, microbatch-size, schedule, remat, pipeline, data, tensor, "
         "stages=DxT,DxT… (data x tensor of each stage); may be repeated",
     )
+    parser.add_argument(
+        "--schedules",
+        default=",".join(RUNNABLE),
+        metavar="LIST",
+        help=f"schedules to search, between commas, or all: {', '.join(ALL_SCHEDULES)}; "
+        f"by default those that can be executed ({', '.join(RUNNABLE)})",
+    )
+    parser.add_argument(
+        "--memory-margin",
+        type=float,
+        default=MEMORY_MARGIN,
+        metavar="SHARE",
+        help=f"part of each device's memory that a plan leaves free (default {MEMORY_MARGIN}: what predicted peaks "
+        "are off by in the mean)",
+    )
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="give the best plan found when this time is over"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
@@ -50,13 +71,34 @@ def run(args: argparse.Namespace) -> int:
         traced.append(trace(model, args.batch, microbatches, like=traced[0] if traced else None).graph)
         return traced[-1]
 
-    request = Request(cluster, args.batch, parse_fixes(args.fix, args.batch))
+    request = Request(
+        cluster,
+        args.batch,
+        parse_fixes(args.fix, args.batch),
+        schedules=parse_schedules(args.schedules),
+        memory_margin=args.memory_margin,
+        time_limit_seconds=args.time_limit,
+    )
     with progress_display("plan") as progress:
         plan = search(graphs, request, lambda done, total, text: progress(done / total, text))
     if args.out:
         save_plan(plan, args.out)
+        if plan.fallback is not None:
+            save_plan(plan.fallback, fallback_path(args.out))
     print(json.dumps(public_json(plan), allow_nan=False) if args.json else report(plan, args.out))
     return 0
+
+
+def fallback_path(out: str) -> Path:
+    """Where the fallback of a plan goes: beside it, ``plan.json`` to ``plan.fallback.json``."""
+    path = Path(out)
+    return path.with_name(f"{path.stem}.fallback{path.suffix}")
+
+
+def parse_schedules(text: str) -> tuple[str, ...]:
+    """``--schedules`` as names; "all" stands for all of them."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return tuple(dict.fromkeys(s for name in names for s in (ALL_SCHEDULES if name == "all" else (name,))))
 
 
 def parse_fixes(given: Sequence[str], batch: int) -> Fix:
@@ -121,5 +163,10 @@ def report(plan: Plan, out: str | None) -> str:
         lines += ["runners-up:"]
         lines += [f"  {seconds_text(r.iteration_seconds):>8}  {r.name}: {r.why_not}" for r in plan.rivals[:5]]
     if out:
-        lines += [f"wrote {out}; run it with: meshwright execute {out}"]
+        if find_rule(plan.schedule).runnable:
+            lines += [f"wrote {out}; run it with: meshwright execute {out}"]
+        else:
+            lines += [f"wrote {out}; schedule {plan.schedule} cannot be executed yet"]
+        if plan.fallback is not None:
+            lines += [f"should memory run out: meshwright execute {fallback_path(out)}"]
     return "\n".join(lines)

@@ -75,7 +75,7 @@ def test_a_file_that_is_cut_anywhere_is_refused_with_one_line() -> None:
         (lambda d: d.update(stages=[]), "stages hold layers"),
         (lambda d: d["stages"].pop(0), "follow one another from 0"),
         (lambda d: d["stages"].append(d["stages"][-1]), "is damaged"),
-        (lambda d: d["stages"][0].update(devices=[1, 1]), "device is in two stages"),
+        (lambda d: d["stages"][0].update(devices=[1, 1]), "device is in two meshes"),
         (lambda d: d["stages"][0].update(mesh={"data": 3}), r"stages\[0\] has 1 devices but a mesh of"),
         (lambda d: d["layouts"].clear(), "names layout 'layout 0'"),
         (lambda d: d["stages"][0].update(layouts=[]), "layouts"),
@@ -119,7 +119,8 @@ def test_the_public_json_is_the_documented_contract() -> None:
     plan = planned()
     data = msgspec.json.decode(msgspec.json.encode(public_json(plan)))
     assert set(data) == {
-        "model", "cluster", "batch", "microbatches", "schedule", "remat", "stages", "predicted", "search", "rivals"
+        "model", "cluster", "batch", "microbatches", "schedule", "remat", "stages", "predicted", "search", "rivals",
+        "notes", "fallback",
     }  # fmt: skip
     stage = {"layers", "devices", "mesh", "forward_seconds", "backward_seconds", "peak_memory_bytes"}
     assert stage <= set(data["stages"][0])

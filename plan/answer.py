@@ -1,0 +1,122 @@
+"""From what was judged to the plan that is given: winner, runners-up with reasons, a fallback, and notes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from meshwright.plan.judge import Judged, compute_dtype, judge_candidate, why_not
+from meshwright.plan.planfile import FORMAT, VERSION, Plan, Rival, cluster_data
+from meshwright.plan.request import SURE_SHARE, Request
+from meshwright.plan.schedule_rules import SIMPLE
+
+_RIVALS = 10
+_WORTH_SAYING = 0.01  # the gain from which a schedule that cannot be run yet is named
+
+
+def plan_of(
+    winner: Judged,
+    judged: Sequence[Judged],
+    fallback: Judged | None,
+    request: Request,
+    search: dict[str, int | float],
+    notes: Sequence[str],
+) -> Plan:
+    """The plan with all that is said of it."""
+    rivals = _rivals(winner, judged, request)
+    said = (*_notes(winner, judged, request), *notes, *_fallback_notes(winner, fallback, request))
+    plan = _bare(winner, request)
+    lean = None if fallback is None else _bare(fallback, request)
+    return msgspec.structs.replace(plan, rivals=rivals, notes=said, search=search, fallback=lean)
+
+
+def _bare(judged: Judged, request: Request) -> Plan:
+    """A judged candidate as a plan, without its search."""
+    candidate, graph = judged.candidate, judged.candidate.graph
+    remat: Any = candidate.remat
+    return Plan(
+        format=FORMAT,
+        version=VERSION,
+        model=graph.name,
+        fingerprint=graph.fingerprint,
+        cluster=cluster_data(request.cluster),
+        batch=request.batch,
+        microbatches=candidate.microbatches,
+        schedule=candidate.rule.name,
+        remat=remat,
+        tokens_per_sample=graph.tokens_per_sample,
+        parameters=graph.parameter_count,
+        model_flops=graph.model_flops,
+        compute_dtype=compute_dtype(graph),
+        stages=tuple(
+            msgspec.structs.replace(stage, peak_memory_bytes=peak)
+            for stage, peak in zip(judged.assembly.stages, judged.peaks, strict=True)
+        ),
+        layouts=judged.assembly.layouts,
+        transfers=judged.assembly.transfers,
+        tied=judged.assembly.tied,
+        predicted=judged.predicted,
+        search={},
+        rivals=(),
+    )
+
+
+def _rivals(winner: Judged, judged: Sequence[Judged], request: Request) -> tuple[Rival, ...]:
+    """The best of those that lost, one of each name, those that fit first; other cuts of the winner are left out."""
+    rivals: dict[str, Rival] = {}
+    for other in sorted(judged, key=lambda j: (not j.predicted.fits, j.seconds, j.name)):
+        if other.name != winner.name:
+            why = why_not(other, winner, request)
+            rivals.setdefault(other.name, Rival(other.name, other.seconds, other.predicted.fits, why))
+    return tuple(list(rivals.values())[:_RIVALS])
+
+
+def _notes(winner: Judged, judged: Sequence[Judged], request: Request) -> list[str]:
+    notes = []
+    graph = winner.candidate.graph
+    if graph.unknown:
+        listed = ", ".join(f"{name} ×{times}" for name, times in graph.unknown)
+        notes.append(f"no sharding rule for {listed}: these run replicated")
+    used = sum({s.devices: len(s.devices) for s in winner.assembly.stages}.values())
+    if used < request.cluster.devices:
+        why = "as the stages are given" if request.fix.stages is not None else "it is faster so"
+        notes.append(f"{request.cluster.devices - used} of {request.cluster.devices} devices stay idle: {why}")
+    notes += _schedule_notes(winner, judged, request)
+    return notes
+
+
+def _schedule_notes(winner: Judged, judged: Sequence[Judged], request: Request) -> list[str]:
+    """What a schedule that cannot be run yet would gain, or gains."""
+    rule = winner.candidate.rule
+    if not rule.runnable:
+        said = f"schedule {rule.text} cannot be executed yet"
+        runnable = [j.seconds for j in judged if j.candidate.rule.runnable and j.predicted.fits]
+        if runnable:
+            said += f"; the best plan found that can takes {min(runnable) / winner.seconds - 1:.1%} longer"
+        return [said]
+    if len(winner.assembly.stages) == 1 or winner.candidate.microbatches == 1:
+        return []
+    gains = []
+    for other in SIMPLE.values():
+        if other.runnable:
+            continue
+        instead = judge_candidate(replace(winner.candidate, rule=other), request)
+        if instead.predicted.peak_memory_bytes <= request.usable_bytes:
+            gains.append((1 - instead.seconds / winner.seconds, other.name))
+    best, name = max(gains, default=(0.0, ""))
+    if best < _WORTH_SAYING:
+        return []
+    return [f"the same stages would take {best:.1%} less under schedule {name}, which cannot be executed yet"]
+
+
+def _fallback_notes(winner: Judged, fallback: Judged | None, request: Request) -> list[str]:
+    peak = winner.predicted.peak_memory_bytes / request.device_bytes
+    if fallback is not None:
+        share = fallback.predicted.peak_memory_bytes / request.device_bytes
+        slower = fallback.seconds / winner.seconds - 1
+        sure = "" if share <= SURE_SHARE else ", the leanest found, though not lean enough to be sure"
+        return [f"fills {peak:.0%} of a device; a fallback that fills {share:.0%} takes {slower:.1%} longer{sure}"]
+    if peak > SURE_SHARE:
+        return [f"fills {peak:.0%} of a device, and no leaner plan was found to fall back on"]
+    return []

@@ -1,0 +1,140 @@
+"""Candidates at one number of micro-batches: stages priced under a policy and a price of memory, then cut by the DP."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+
+from meshwright.calibrate.hardware import Cluster
+from meshwright.errors import PlanError
+from meshwright.plan.graph import ModelGraph
+from meshwright.plan.inter import Stage, StagePlan, StageTable, best_stages, peak_bytes, surrogate_seconds
+from meshwright.plan.judge import compute_dtype
+from meshwright.plan.planfile import bytes_text
+from meshwright.plan.policies import BothPolicies, joined, with_shares
+from meshwright.plan.request import Request, requested_kinds
+from meshwright.plan.schedule_rules import ScheduleRule
+from meshwright.plan.stages import MeshKind, Setting, SpaceCache, StagePricer, without_wasted_devices
+from meshwright.plan.virtual import virtual_stages
+
+Policy = Literal["none", "full", "mixed"]
+
+MEMORY_PRICES = (0.0, 0.3, 3.0)  # of the seconds of a step, for filling a device's memory once
+
+
+@dataclass
+class Priced:
+    """The stage tables of one number of micro-batches, made when they are asked for."""
+
+    graph: ModelGraph
+    microbatches: int
+    request: Request
+    spaces: SpaceCache = field(default_factory=dict)
+    known: dict[tuple[Policy, float], tuple[StagePricer, StageTable]] = field(default_factory=dict)
+
+    @property
+    def slowdown(self) -> float:
+        """How much longer a device computes while all of its host do."""
+        host = self.request.cluster.hosts[0]
+        return host.slowdown(host.devices)
+
+    @property
+    def ilp_solves(self) -> int:
+        """ILPs solved so far."""
+        return sum(pricer.ilp_solves for pricer, _ in self.known.values())
+
+    def at(self, policy: Policy, price: float) -> tuple[StagePricer, StageTable]:
+        """The stages under a policy, at a price of memory in seconds of a step for filling a device once."""
+        key = (policy, price)
+        if key not in self.known:
+            self.known[key] = self._both(price) if policy == "mixed" else self._one(policy, price)
+        return self.known[key]
+
+    def _one(self, policy: Policy, price: float) -> tuple[StagePricer, StageTable]:
+        request = self.request
+        kinds = requested_kinds(request.cluster, request.fix, price * _seconds_per_byte(self.graph, request.cluster))
+        setting = Setting(self.graph, self.microbatches, policy == "full", request.memory, self.slowdown)
+        pricer = StagePricer(setting, kinds, request.use_ilp, self.spaces)
+        table = replace(with_shares(pricer.stage_table(request.cluster), pricer), memory_bytes=request.usable_bytes)
+        return pricer, table if request.fix.meshes else without_wasted_devices(table)
+
+    def _both(self, price: float) -> tuple[StagePricer, StageTable]:
+        (keeping, kept), (recomputing, again) = self.at("none", price), self.at("full", price)
+        return BothPolicies.of(keeping, recomputing), joined(kept, again, self.microbatches)
+
+
+def stage_plans(
+    table: StageTable, kinds: Sequence[MeshKind], request: Request, microbatches: int, rule: ScheduleRule, keep: int
+) -> list[StagePlan]:
+    """The best stages for a schedule, best first.
+
+    Errors: PlanError if none fits.
+    """
+    if request.fix.stages is not None:
+        if rule.chunks > 1:
+            raise PlanError(f"schedule {rule.text} has several stages a mesh; it cannot be planned with given stages")
+        return [_given_stages(table, len(request.fix.stages), microbatches, rule)]
+    if rule.chunks > 1:
+        return virtual_stages(table, microbatches, rule, keep, request.cross_mesh)
+    return best_stages(table, microbatches, rule.name, keep, None, request.cross_mesh, all_devices=request.fix.meshes)
+
+
+def memory_is_no_matter(
+    table: StageTable,
+    best: StagePlan,
+    kinds: Sequence[MeshKind],
+    request: Request,
+    microbatches: int,
+    rule: ScheduleRule,
+) -> bool:
+    """Whether unlimited memory would give no better stages: then rematerialisation, which only costs time, is out."""
+    unlimited = replace(table, memory_bytes=float("inf"))
+    freed = stage_plans(unlimited, kinds, request, microbatches, rule, keep=1)
+    return freed[0].surrogate_seconds >= best.surrogate_seconds * (1 - 1e-6)
+
+
+def _given_stages(table: StageTable, stages: int, microbatches: int, rule: ScheduleRule) -> StagePlan:
+    """The best cut for a given row of meshes: kind s is stage s. Few stages, few cuts: all are tried.
+
+    With both policies in the table, kinds s and s + ``stages`` are stage s without and with rematerialisation: it
+    recomputes if it does not fit without.
+    """
+    layers, width = table.layers, table.seconds.shape[3]
+    if stages > layers:
+        raise PlanError(f"{stages} stages were asked of a model of {layers} layers; use at most {layers}")
+    best: StagePlan | None = None
+    policies = range(len(table.devices) // stages)
+    for inner in combinations(range(1, layers), stages - 1):
+        cuts = (0, *inner, layers)
+        chosen = []
+        device = 0
+        for s in range(stages):
+            for policy in policies:
+                kind = s + policy * stages
+                block = table.seconds[cuts[s], cuts[s + 1], kind]
+                entry, leave = np.unravel_index(int(block.argmin()), (width, width))
+                stage = Stage(cuts[s], cuts[s + 1], kind, int(entry), int(leave), device)
+                live = rule.live(stages - s, stages, microbatches)
+                held = table.static_bytes[stage.cell] + live * table.saved_bytes[stage.cell]
+                if held + table.transient_bytes[stage.cell] <= table.memory_bytes:
+                    break
+            chosen.append(stage)
+            device += int(table.devices[s])
+        if not all(np.isfinite(table.seconds[stage.cell]) for stage in chosen):
+            continue
+        peaks = peak_bytes(table, chosen, microbatches, rule.name)
+        seconds = surrogate_seconds(table, chosen, microbatches, rule.name)
+        if max(peaks) <= table.memory_bytes and (best is None or seconds < best.surrogate_seconds):
+            best = StagePlan(tuple(chosen), seconds, peaks)
+    if best is None:
+        raise PlanError(f"the given stages do not fit in {bytes_text(table.memory_bytes)} a device with any cut")
+    return best
+
+
+def _seconds_per_byte(graph: ModelGraph, cluster: Cluster) -> float:
+    """The price of memory at which filling a device costs as much as computing one micro-batch on the whole cluster."""
+    device = cluster.device(0)
+    seconds = graph.model_flops / (device.peak_flops(compute_dtype(graph)) * cluster.devices)
+    return seconds / device.memory_bytes.value
