@@ -1,6 +1,5 @@
 """Candidates at one number of micro-batches: stages priced under a policy and a price of memory, then cut by the DP."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Literal
@@ -16,7 +15,7 @@ from meshwright.plan.planfile import bytes_text
 from meshwright.plan.policies import BothPolicies, joined, with_shares
 from meshwright.plan.request import Request, requested_kinds
 from meshwright.plan.schedule_rules import ScheduleRule
-from meshwright.plan.stages import MeshKind, Setting, SpaceCache, StagePricer, without_wasted_devices
+from meshwright.plan.stages import Setting, SpaceCache, StagePricer, without_wasted_devices
 from meshwright.plan.virtual import virtual_stages
 
 Policy = Literal["none", "full", "mixed"]
@@ -66,7 +65,7 @@ class Priced:
 
 
 def stage_plans(
-    table: StageTable, kinds: Sequence[MeshKind], request: Request, microbatches: int, rule: ScheduleRule, keep: int
+    table: StageTable, request: Request, microbatches: int, rule: ScheduleRule, keep: int
 ) -> list[StagePlan]:
     """The best stages for a schedule, best first.
 
@@ -82,16 +81,11 @@ def stage_plans(
 
 
 def memory_is_no_matter(
-    table: StageTable,
-    best: StagePlan,
-    kinds: Sequence[MeshKind],
-    request: Request,
-    microbatches: int,
-    rule: ScheduleRule,
+    table: StageTable, best: StagePlan, request: Request, microbatches: int, rule: ScheduleRule
 ) -> bool:
     """Whether unlimited memory would give no better stages: then rematerialisation, which only costs time, is out."""
     unlimited = replace(table, memory_bytes=float("inf"))
-    freed = stage_plans(unlimited, kinds, request, microbatches, rule, keep=1)
+    freed = stage_plans(unlimited, request, microbatches, rule, keep=1)
     return freed[0].surrogate_seconds >= best.surrogate_seconds * (1 - 1e-6)
 
 

@@ -24,6 +24,7 @@ Progress = Callable[[int, int, str], None]
 
 _MICROBATCHES_A_DEVICE = 4  # where the search starts: enough to fill a pipeline of all devices
 _SIMULATED_PER_SETTING = 3
+_CLEARLY_LEANER = 0.05  # of a device: a fallback that saves less is none
 
 
 def search(graphs: Graphs, request: Request, progress: Progress | None = None) -> Plan:
@@ -177,8 +178,8 @@ class _Search:
                 for rule in tuple(unsolved):
                     start = time.perf_counter()
                     try:
-                        plans = stage_plans(table, pricer.kinds, request, count, rule, _SIMULATED_PER_SETTING)
-                        if price == 0.0 and memory_is_no_matter(table, plans[0], pricer.kinds, request, count, rule):
+                        plans = stage_plans(table, request, count, rule, _SIMULATED_PER_SETTING)
+                        if price == 0.0 and memory_is_no_matter(table, plans[0], request, count, rule):
                             short_of_memory.discard(rule)
                     except PlanError as error:
                         self.reasons.append(str(error))
@@ -207,24 +208,34 @@ class _Search:
         return winner_of(fitting, self.request) if fitting else None
 
     def _fallback(self, winner: Judged) -> Judged | None:
-        """A leaner plan than the winner, the fastest that surely fits; None if the winner does, or if there is none."""
+        """A leaner plan than the winner: the fastest that surely fits, else the leanest if it is clearly leaner."""
         request = replace(self.request, memory_margin=1 - SURE_SHARE)
         if within([winner], request.usable_bytes):
             return None
         known = [j for j in self.judged if j.candidate.rule.runnable or not winner.candidate.rule.runnable]
+        if not within(known, request.usable_bytes) and not self._time_is_over():
+            known += [self._judge(candidate, request) for candidate in self._lean(winner, request)]
         sure = within(known, request.usable_bytes)
-        if not sure and not self._time_is_over():
-            count = winner.candidate.microbatches
-            smaller = [n for n in microbatch_counts(request.batch, None) if n > count][-2:]
-            counts = [count, *smaller] if request.fix.microbatches is None else [count]
-            for each in counts:
-                priced = Priced(self.graphs(each), each, request)
-                known += [self._judge(candidate, request) for candidate in self._candidates(priced)]
-            sure = within(known, request.usable_bytes)
         if sure:
             return winner_of(sure, request)
         leanest = min(known, key=lambda j: (j.predicted.peak_memory_bytes, j.seconds, j.name))
-        return leanest if leanest.predicted.peak_memory_bytes < winner.predicted.peak_memory_bytes else None
+        saved = winner.predicted.peak_memory_bytes - leanest.predicted.peak_memory_bytes
+        return leanest if saved > _CLEARLY_LEANER * request.device_bytes else None
+
+    def _lean(self, winner: Judged, request: Request) -> Iterator[Candidate]:
+        """Candidates beside the winner within the memory of a request, the leanest strategies first."""
+        rule, count = winner.candidate.rule, winner.candidate.microbatches
+        priced = Priced(winner.candidate.graph, count, request, winner.candidate.pricer.spaces)
+        for price in reversed(MEMORY_PRICES):
+            start = time.perf_counter()
+            try:
+                pricer, table = priced.at(request.fix.remat or "mixed", price)
+                plans = stage_plans(table, request, count, rule, 1)
+            except PlanError:
+                return  # what does not fit at this price of memory fits even less at a lower one
+            finally:
+                self.clock.intra += time.perf_counter() - start
+            yield from (Candidate(rule, pricer, plan) for plan in plans)
 
     def _time_is_over(self) -> bool:
         limit = self.request.time_limit_seconds
