@@ -9,7 +9,7 @@ import msgspec
 from meshwright.plan.judge import Judged, compute_dtype, judge_candidate, why_not
 from meshwright.plan.planfile import FORMAT, VERSION, Plan, Rival, cluster_data
 from meshwright.plan.request import SURE_SHARE, Request
-from meshwright.plan.schedule_rules import SIMPLE
+from meshwright.plan.schedule_rules import GRAPH, SIMPLE
 
 _RIVALS = 10
 _WORTH_SAYING = 0.01  # the gain from which a schedule that cannot be run yet is named
@@ -95,7 +95,7 @@ def _schedule_notes(winner: Judged, judged: Sequence[Judged], request: Request) 
         if runnable:
             said += f"; the best plan found that can takes {min(runnable) / winner.seconds - 1:.1%} longer"
         return [said]
-    if len(winner.assembly.stages) == 1 or winner.candidate.microbatches == 1:
+    if len(winner.assembly.stages) == 1 or winner.candidate.microbatches == 1 or rule is GRAPH:
         return []
     gains = []
     for other in SIMPLE.values():

@@ -8,18 +8,22 @@ import numpy as np
 
 from meshwright.calibrate.hardware import Cluster
 from meshwright.errors import PlanError
+from meshwright.plan.branches import decompose, layer_edges
 from meshwright.plan.graph import ModelGraph
+from meshwright.plan.graph_hops import GraphHops
 from meshwright.plan.inter import Stage, StagePlan, StageTable, best_stages, peak_bytes, surrogate_seconds
 from meshwright.plan.judge import compute_dtype
 from meshwright.plan.planfile import bytes_text
 from meshwright.plan.policies import BothPolicies, joined, with_shares
 from meshwright.plan.request import Request, requested_kinds
-from meshwright.plan.schedule_rules import ScheduleRule
+from meshwright.plan.schedule_rules import GRAPH, ScheduleRule
+from meshwright.plan.stage_graph import best_stage_graph
 from meshwright.plan.stages import Setting, SpaceCache, StagePricer, without_wasted_devices
 from meshwright.plan.virtual import virtual_stages
 
 Policy = Literal["none", "full", "mixed"]
 
+_ROUNDING = 1e-6  # relative, of a bound that may be reached
 MEMORY_PRICES = (0.0, 0.3, 3.0)  # of the seconds of a step, for filling a device's memory once
 
 
@@ -38,6 +42,11 @@ class Priced:
         """How much longer a device computes while all of its host do."""
         host = self.request.cluster.hosts[0]
         return host.slowdown(host.devices)
+
+    @property
+    def branches(self) -> bool:
+        """Whether layers of the model may run side by side."""
+        return decompose(len(self.graph.layers), layer_edges(self.graph)).branches
 
     @property
     def ilp_solves(self) -> int:
@@ -65,9 +74,9 @@ class Priced:
 
 
 def stage_plans(
-    table: StageTable, request: Request, microbatches: int, rule: ScheduleRule, keep: int
+    pricer: StagePricer, table: StageTable, request: Request, microbatches: int, rule: ScheduleRule, keep: int
 ) -> list[StagePlan]:
-    """The best stages for a schedule, best first.
+    """The best stages for a schedule, best first, by the pricer's table.
 
     Errors: PlanError if none fits.
     """
@@ -75,18 +84,32 @@ def stage_plans(
         if rule.chunks > 1:
             raise PlanError(f"schedule {rule.text} has several stages a mesh; it cannot be planned with given stages")
         return [_given_stages(table, len(request.fix.stages), microbatches, rule)]
+    if rule is GRAPH:
+        return _graph_plans(pricer, table, request, microbatches)
     if rule.chunks > 1:
         return virtual_stages(table, microbatches, rule, keep, request.cross_mesh)
     return best_stages(table, microbatches, rule.name, keep, None, request.cross_mesh, all_devices=request.fix.meshes)
 
 
 def memory_is_no_matter(
-    table: StageTable, best: StagePlan, request: Request, microbatches: int, rule: ScheduleRule
+    pricer: StagePricer, table: StageTable, best: StagePlan, request: Request, microbatches: int, rule: ScheduleRule
 ) -> bool:
     """Whether unlimited memory would give no better stages: then rematerialisation, which only costs time, is out."""
     unlimited = replace(table, memory_bytes=float("inf"))
-    freed = stage_plans(unlimited, request, microbatches, rule, keep=1)
+    freed = stage_plans(pricer, unlimited, request, microbatches, rule, keep=1)
     return freed[0].surrogate_seconds >= best.surrogate_seconds * (1 - 1e-6)
+
+
+def _graph_plans(pricer: StagePricer, table: StageTable, request: Request, microbatches: int) -> list[StagePlan]:
+    """The best stages that form a graph."""
+    graph = pricer.setting.graph
+    chain = decompose(len(graph.layers), layer_edges(graph))
+    hops = GraphHops(pricer, request.cluster) if request.cross_mesh else lambda left, right, end: 0.0
+    line = best_stages(table, microbatches, "1f1b", 1, None, request.cross_mesh, all_devices=request.fix.meshes)
+    found = best_stage_graph(table, chain, microbatches, hops, (1 + _ROUNDING) * line[0].surrogate_seconds)
+    if found is None or (request.fix.meshes and found.stages[0].first_device > 0):
+        raise PlanError("no stages that form a graph are better than those of a line")
+    return [StagePlan(found.stages, found.surrogate_seconds, found.peak_bytes)]
 
 
 def _given_stages(table: StageTable, stages: int, microbatches: int, rule: ScheduleRule) -> StagePlan:

@@ -17,8 +17,9 @@ differ by up to a half, 2 to 6 stages, 8 to 32 micro-batches) all are pessimisti
 by 1 % (1f1b), 0 (gpipe), 4 % (eager-1f1b), 0.4 % (zb-h1) and 2 % (zb-h2); a hop of
 a tenth of a stage adds 8 % to 1f1b's.
 
-Several stages a mesh (interleaved, looped-bfs, zb-v) have a surrogate of their own in ``meshwright.plan.virtual``. How
-many micro-batches a stage holds comes from the schedule itself (``meshwright.simulate.schedules``).
+Stages that form a graph (graph-1f1b) fill along its longest path: ``meshwright.plan.stage_graph``. Several stages a
+mesh (interleaved, looped-bfs, zb-v) have a surrogate of their own in ``meshwright.plan.virtual``. How many
+micro-batches a stage holds comes from the schedule itself (``meshwright.simulate.schedules``).
 """
 
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ class ScheduleRule:
         return known(stages - to_end, stages, microbatches)
 
 
-RUNNABLE = ("1f1b", "gpipe")  # what ``meshwright.execute.runtime`` interprets
+GRAPH = ScheduleRule("graph-1f1b")  # 1f1b where stages form a graph: ``meshwright.plan.stage_graph``
+RUNNABLE = ("1f1b", "gpipe", GRAPH.name)  # what ``meshwright.execute.runtime`` interprets
 SIMPLE = {
     rule.name: rule
     for rule in (
@@ -86,12 +88,11 @@ SIMPLE = {
     )
 }
 SEVERAL_A_MESH = ("interleaved", "looped-bfs", "zb-v")
-ALL_SCHEDULES = (*SIMPLE, "interleaved:2", "interleaved:4", "looped-bfs:2", "looped-bfs:4", "zb-v")
+ALL_SCHEDULES = (*SIMPLE, GRAPH.name, "interleaved:2", "interleaved:4", "looped-bfs:2", "looped-bfs:4", "zb-v")
 _LEFT_OUT = {
     "gpipe-lifo": "takes as long as gpipe",
     "zb-1p": "is an order found for given times; zb-h1 has its memory",
     "zb-2p": "is an order found for given times; zb-h2 has its memory",
-    "graph-1f1b": "is for stages that form a graph; the stages of a search form a chain",
     "dualpipe": "keeps two copies of all weights",
     "dualpipe-v": "overlaps pairs that no runtime here overlaps; zb-v has its placement",
     "chimera": "keeps two copies of all weights",
@@ -104,8 +105,8 @@ def find_rule(text: str) -> ScheduleRule:
     Errors: PlanError naming what can be searched.
     """
     name, colon, count = text.partition(":")
-    if name in SIMPLE and not colon:
-        return SIMPLE[name]
+    if name in (*SIMPLE, GRAPH.name) and not colon:
+        return SIMPLE.get(name, GRAPH)
     if name in SEVERAL_A_MESH:
         schedule = SCHEDULES[name]
         if not colon:

@@ -15,7 +15,7 @@ from meshwright.plan.graph import ModelGraph
 from meshwright.plan.judge import Candidate, Judged, judge_candidate, winner_of, within
 from meshwright.plan.planfile import Plan, bytes_text
 from meshwright.plan.request import SURE_SHARE, Fix, Request, microbatch_counts, refined_counts
-from meshwright.plan.schedule_rules import find_rule
+from meshwright.plan.schedule_rules import GRAPH, find_rule
 
 __all__ = ["Fix", "Graphs", "Progress", "Request", "microbatch_counts", "search"]
 
@@ -167,10 +167,11 @@ class _Search:
     def _candidates(self, priced: Priced) -> Iterator[Candidate]:
         """The stage DP's best for each schedule; stages may recompute only where memory is short without."""
         request, count = priced.request, priced.microbatches
-        short_of_memory = set(self.rules)
+        rules = self.rules if priced.branches else tuple(rule for rule in self.rules if rule is not GRAPH)
+        short_of_memory = set(rules)
         policies: tuple[Policy, ...] = ("none", "mixed") if request.fix.remat is None else (request.fix.remat,)
         for policy in policies:
-            unsolved = [rule for rule in self.rules if rule in short_of_memory]
+            unsolved = [rule for rule in rules if rule in short_of_memory]
             for price in MEMORY_PRICES if unsolved else ():
                 start = time.perf_counter()
                 pricer, table = priced.at(policy, price)
@@ -178,8 +179,8 @@ class _Search:
                 for rule in tuple(unsolved):
                     start = time.perf_counter()
                     try:
-                        plans = stage_plans(table, request, count, rule, _SIMULATED_PER_SETTING)
-                        if price == 0.0 and memory_is_no_matter(table, plans[0], request, count, rule):
+                        plans = stage_plans(pricer, table, request, count, rule, _SIMULATED_PER_SETTING)
+                        if price == 0.0 and memory_is_no_matter(pricer, table, plans[0], request, count, rule):
                             short_of_memory.discard(rule)
                     except PlanError as error:
                         self.reasons.append(str(error))
@@ -230,7 +231,7 @@ class _Search:
             start = time.perf_counter()
             try:
                 pricer, table = priced.at(request.fix.remat or "mixed", price)
-                plans = stage_plans(table, request, count, rule, 1)
+                plans = stage_plans(pricer, table, request, count, rule, 1)
             except PlanError:
                 return  # what does not fit at this price of memory fits even less at a lower one
             finally:

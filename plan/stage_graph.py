@@ -8,12 +8,13 @@ other, as a device sends), u_s once per iteration and B micro-batches, the surro
     T = max over paths of sum_s (t_s + x_s)  +  (B - 1) max_s (t_s + x_s)  +  max_s u_s
 
 which on a chain is that of ``meshwright.plan.inter`` for 1F1B. Stages are intervals of a chain of the decomposition
-(``plan.branches``); one that covers a whole fork is a stage like any other, so a chain of stages is among the plans.
+(``plan.branches``), or the end of a fork's last branch with what joins the branches; one that covers a whole fork is a
+stage like any other, so a chain of stages is among the plans.
 Source of the schedule and of stages as a series-parallel graph: Jeon et al., GraphPipe, ASPLOS 2025.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,13 +29,14 @@ WIDTH = 64  # ways to run the rest of the model that are kept for each first dev
 
 @dataclass(frozen=True, slots=True)
 class GraphPlan:
-    """Stages in the order of their layers, and what the surrogate says of them.
+    """Stages in the order of their layers, what the surrogate says of them, and bytes on a device of each.
 
     ``exact`` is whether nothing had to be left out on the way: then no plan has a smaller surrogate.
     """
 
     stages: tuple[Stage, ...]
     surrogate_seconds: float
+    peak_bytes: tuple[float, ...]
     exact: bool
 
 
@@ -56,6 +58,7 @@ class _Rest:
     largest_seconds: float
     once_seconds: float
     stages: tuple[Stage, ...]
+    peak_bytes: tuple[float, ...]
 
     def seconds(self, microbatches: int) -> float:
         path = max(head.path_seconds for head in self.heads)
@@ -85,7 +88,14 @@ def best_stage_graph(
     if not rests:
         return None
     best = min(rests, key=lambda rest: (rest.seconds(microbatches), len(rest.stages), rest.stages))
-    return GraphPlan(best.stages, best.seconds(microbatches), not search.dropped)
+    return GraphPlan(best.stages, best.seconds(microbatches), best.peak_bytes, not search.dropped)
+
+
+def _without_ends(fork: Fork) -> Iterator[tuple[int, Fork]]:
+    """The fork without the end of its last branch, from each layer on: a stage may hold that end and what joins."""
+    *others, last = fork.branches
+    for count, part in enumerate(last.parts):
+        yield span(part)[0], Fork((*others, Chain(last.parts[:count])) if count else tuple(others))
 
 
 class _Search:
@@ -96,13 +106,15 @@ class _Search:
         self.hops, self.upper_seconds = hops, upper_seconds
         self.least_seconds = table.seconds.min(axis=(2, 3, 4))  # (L, L+1) of any kind and layout
         self.dropped = False
+        self.known: dict[Chain, tuple[float, ...]] = {}
 
     def run(self) -> list[_Rest]:
-        return self._before(self.chain, _Rest(self.table.total_devices, (), 0.0, 0.0, ()))
+        return self._before(self.chain, _Rest(self.table.total_devices, (), 0.0, 0.0, (), ()))
 
     def _before(self, chain: Chain, after: _Rest) -> list[_Rest]:
         """All rests that begin with the chain and go on with ``after``."""
         parts = [span(part) for part in chain.parts]
+        least_before = self._least_before(chain)
         rests: list[list[_Rest]] = [[] for _ in parts] + [[after]]
         for at in range(len(parts) - 1, -1, -1):
             found: list[_Rest] = []
@@ -110,11 +122,16 @@ class _Search:
                 layers = parts[at][0], parts[end - 1][1]
                 if np.isfinite(self.least_seconds[layers]):
                     for rest in rests[end]:
-                        found += self._with_stage(*layers, rest)
+                        found += self._with_stage(*layers, rest, least_before[at])
             fork = chain.parts[at]
             if isinstance(fork, Fork):
                 for rest in rests[at + 1]:
                     found += self._with_fork(fork, rest)
+                for end in range(at + 2, len(parts) + 1):
+                    for first, shorter in _without_ends(fork):
+                        for rest in rests[end]:
+                            for joined in self._with_stage(first, parts[end - 1][1], rest, least_before[at]):
+                                found += self._with_fork(shorter, joined)
             rests[at] = self._best(found)
         return rests[0]
 
@@ -124,16 +141,42 @@ class _Search:
         for branch in reversed(fork.branches):
             longer: list[tuple[_Rest, tuple[_Head, ...]]] = []
             for rest, heads in ways:
-                there = _Rest(rest.first_device, after.heads, rest.largest_seconds, rest.once_seconds, rest.stages)
+                there = replace(rest, heads=after.heads)
                 longer += [(more, (*more.heads, *heads)) for more in self._before(branch, there)]
             ways = longer
-        return [
-            _Rest(rest.first_device, heads, rest.largest_seconds, rest.once_seconds, rest.stages)
-            for rest, heads in ways
-        ]
+        return [replace(rest, heads=heads) for rest, heads in ways]
 
-    def _with_stage(self, first: int, last: int, rest: _Rest) -> Iterator[_Rest]:
-        """The rest behind one more stage, on every kind of submesh that fits, with all layouts."""
+    def _least_before(self, chain: Chain) -> tuple[float, ...]:
+        """Seconds that the longest path takes at least from the start of the chain to each part, and to its end."""
+        if chain not in self.known:
+            parts = [span(part) for part in chain.parts]
+            least = [0.0]
+            for end in range(1, len(parts) + 1):
+                ways = [least[at] + self._least_between(chain, at, end) for at in range(end)]
+                least.append(min(ways))
+            self.known[chain] = tuple(least)
+        return self.known[chain]
+
+    def _least_between(self, chain: Chain, at: int, end: int) -> float:
+        """The least of parts at..end-1: as one stage, as a fork, or as a fork whose last end is in the stage behind."""
+        first, last = span(chain.parts[at])[0], span(chain.parts[end - 1])[1]
+        least = float(self.least_seconds[first, last])
+        fork = chain.parts[at]
+        if isinstance(fork, Fork):
+            if end == at + 1:
+                return min(least, self._least_of(fork))
+            for start, shorter in _without_ends(fork):
+                least = min(least, self._least_of(shorter) + float(self.least_seconds[start, last]))
+        return least
+
+    def _least_of(self, fork: Fork) -> float:
+        return max(self._least_before(branch)[-1] for branch in fork.branches)
+
+    def _with_stage(self, first: int, last: int, rest: _Rest, least_before: float) -> Iterator[_Rest]:
+        """The rest behind one more stage, on every kind of submesh that fits, with all layouts.
+
+        ``least_before`` seconds precede it on its path at least; what is then too slow is dropped.
+        """
         table = self.table
         height = 1 + max((head.height for head in rest.heads), default=0)
         live = min(self.microbatches, height)
@@ -154,8 +197,9 @@ class _Search:
                     max(rest.largest_seconds, seconds),
                     max(rest.once_seconds, float(table.once_seconds[stage.cell])),
                     (stage, *rest.stages),
+                    (float(peak[entry, leave]), *rest.peak_bytes),
                 )
-                if more.seconds(self.microbatches) < self.upper_seconds:
+                if least_before + more.seconds(self.microbatches) < self.upper_seconds:
                     yield more
 
     def _fits_at(self, first_device: int, devices: int) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from meshwright.errors import ModelError
 from meshwright.models.base import Model
 from meshwright.plan.graph import Leaf, Tensor
 from meshwright.plan.rules import is_heavy, operator_flops
+from meshwright.plan.trace.borders import branch_borders
 from meshwright.plan.trace.equations import CALLS, Equation, Listing, Literal, live_equations, tensor_of
 
 Cutter = Callable[[np.ndarray, np.ndarray, Sequence[Any]], Sequence[tuple[int, int]]]
@@ -104,7 +106,7 @@ def cut_into_layers(forward: Forward, cutter: Cutter) -> list[Cut]:
     """Cut the forward pass where ``cutter(flops, cut_bytes, signatures)`` says.
 
     Equations that read only parameters and constants (casts, masks) are repeated in every layer that uses them, so
-    they never become traffic between layers.
+    they never become traffic between layers. No layer spans the border of two branches (``borders``).
     """
     cheap = _cheap_equations(forward)
     chain = [eqn for eqn in forward.equations if id(eqn) not in cheap]
@@ -118,9 +120,12 @@ def cut_into_layers(forward: Forward, cutter: Cutter) -> list[Cut]:
     maker = {out: eqn for eqn in forward.equations for out in eqn.outputs}
 
     last_use: dict[int, int] = {}
+    writer = {out: index for index, eqn in enumerate(chain) for out in eqn.outputs}
+    earliest_read = list(range(len(chain)))
     for index, eqn in enumerate(chain):
         for value in _reads_through(eqn, cheap, maker):
             last_use[value] = index
+            earliest_read[index] = min(earliest_read[index], writer.get(value, index))
     cut_bytes = np.zeros(len(chain) + 1)
     for index, eqn in enumerate(chain):
         for out in eqn.outputs:
@@ -131,7 +136,12 @@ def cut_into_layers(forward: Forward, cutter: Cutter) -> list[Cut]:
 
     final = {forward.loss, *forward.aux}
     cuts: list[Cut] = []
-    spans = list(cutter(flops, cut_bytes, signatures))
+    ends = [0, *branch_borders(earliest_read, flops), len(chain)]
+    spans = [
+        (first + start, first + stop)
+        for first, last in pairwise(ends)
+        for start, stop in cutter(flops[first:last], cut_bytes[first : last + 1], signatures[first:last])
+    ]
     for start, stop in spans:
         own = chain[start:stop]
         written = {out for eqn in own for out in eqn.outputs}
