@@ -11,7 +11,7 @@ from meshwright.plan.planfile import FORMAT, VERSION, Plan, Rival, cluster_data
 from meshwright.plan.request import SURE_SHARE, Request
 from meshwright.plan.schedule_rules import GRAPH, SIMPLE
 
-_RIVALS = 10
+_RIVALS = 12
 _WORTH_SAYING = 0.01  # the gain from which a schedule that cannot be run yet is named
 
 
@@ -63,13 +63,18 @@ def _bare(judged: Judged, request: Request) -> Plan:
 
 
 def _rivals(winner: Judged, judged: Sequence[Judged], request: Request) -> tuple[Rival, ...]:
-    """The best of those that lost, one of each name, those that fit first; other cuts of the winner are left out."""
-    rivals: dict[str, Rival] = {}
-    for other in sorted(judged, key=lambda j: (not j.predicted.fits, j.seconds, j.name)):
-        if other.name != winner.name:
-            why = why_not(other, winner, request)
-            rivals.setdefault(other.name, Rival(other.name, other.seconds, other.predicted.fits, why))
-    return tuple(list(rivals.values())[:_RIVALS])
+    """Those that lost, the best first: the best of each schedule and the best of all; other cuts of one plan once."""
+    ranked = sorted(judged, key=lambda j: (not j.predicted.fits, j.seconds, j.name))
+    of_name: dict[str, Judged] = {}
+    for other in ranked:
+        of_name.setdefault(other.name, other)
+    of_name.pop(winner.name)
+    of_schedule: dict[str, Judged] = {}
+    for other in of_name.values():
+        of_schedule.setdefault(other.candidate.rule.text, other)
+    first = list(dict.fromkeys(j.name for j in (*of_schedule.values(), *of_name.values())))
+    chosen = [of_name[name] for name in of_name if name in first[:_RIVALS]]
+    return tuple(Rival(j.name, j.seconds, j.predicted.fits, why_not(j, winner, request)) for j in chosen)
 
 
 def _notes(winner: Judged, judged: Sequence[Judged], request: Request) -> list[str]:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from meshwright.calibrate.hardware import cluster_to_data, parse_cluster
 from meshwright.cli.main import main
-from meshwright.cli.plan import parse_fixes
+from meshwright.cli.plan import fallback_path, parse_fixes, parse_schedules
 from meshwright.errors import PlanError
 from meshwright.plan.planfile import load_plan
+from meshwright.plan.schedule_rules import ALL_SCHEDULES, RUNNABLE
 from meshwright.plan.search import Fix
 
 TINY = "gpt:layers=2,hidden=32,heads=2,seq=16,vocab=256"
@@ -38,6 +40,42 @@ def test_the_json_has_the_fields_of_the_contract_and_nothing_else_is_printed(
 def test_the_plan_file_is_what_was_asked_for(tiny_plan: Path) -> None:
     plan = load_plan(tiny_plan)
     assert (plan.model, plan.batch, len(plan.stages)) == (TINY, 4, 2)
+
+
+def test_all_schedules_can_be_searched_and_what_cannot_be_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    fixed = ["--fix", "pipeline=2", "--fix", "microbatches=4"]
+    assert main(["plan", TINY, "--cluster", "dgx-h100:1", "--batch", "4", *fixed, "--schedules", "all", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    names = {rival["name"].partition(",")[0] for rival in data["rivals"]} | {data["schedule"]}
+    assert len(names & {"1f1b", "gpipe", "eager-1f1b", "zb-h1", "zb-h2", "interleaved:2", "looped-bfs:2", "zb-v"}) >= 6
+    assert all(rival["why_not"] for rival in data["rivals"])
+    if data["schedule"] not in RUNNABLE:
+        assert any("cannot be executed yet" in note for note in data["notes"])
+
+
+def test_a_fallback_is_written_beside_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On devices with hardly more memory than the plan needs."""
+    fixed = ["--fix", "pipeline=2", "--fix", "microbatches=4", "--batch", "4"]
+    out, small = tmp_path / "plan.json", tmp_path / "small.json"
+    assert main(["plan", TINY, "--cluster", "cpu:2", *fixed, "-o", str(out)]) == 0
+    assert not fallback_path(str(out)).exists()
+    needed = load_plan(out).predicted.peak_memory_bytes
+    cluster = cluster_to_data(parse_cluster("cpu:2"))
+    cluster["hosts"][0]["device"]["memory_bytes"]["value"] = 1.1 * needed
+    small.write_text(json.dumps(cluster))
+    capsys.readouterr()
+    assert main(["plan", TINY, "--cluster", str(small), *fixed, "-o", str(out)]) == 0
+    plan, fallback = load_plan(out), load_plan(tmp_path / "plan.fallback.json")
+    assert plan.fallback == fallback
+    assert fallback.predicted.peak_memory_bytes < plan.predicted.peak_memory_bytes
+    assert f"should memory run out: meshwright execute {tmp_path / 'plan.fallback.json'}" in capsys.readouterr().out
+
+
+def test_lists_of_schedules_are_read_as_they_are_written() -> None:
+    assert parse_schedules("gpipe, zb-v") == ("gpipe", "zb-v")
+    assert parse_schedules("all") == ALL_SCHEDULES
+    assert parse_schedules("zb-v,all")[0] == "zb-v"
+    assert set(parse_schedules("zb-v,all")) == set(ALL_SCHEDULES)
 
 
 def test_a_plan_can_be_simulated_drawn_and_traced(

@@ -33,11 +33,11 @@ def test_no_chain_of_stages_has_less_work(microbatches: int) -> None:
         assert least_seconds(table, microbatches) <= min(work) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2, 4, 8])
+@pytest.mark.parametrize("microbatches", [1, 4])
 def test_no_plan_is_simulated_to_be_faster(microbatches: int) -> None:
-    """On devices that do not share cores, for every schedule, all priced kinds and prices of memory."""
-    cluster = parse_cluster("p3.16xlarge:1")
-    request = Request(cluster, BATCH, Fix(microbatches=microbatches), schedules=("1f1b", "gpipe", "zb-h1"))
+    """On devices that do not share cores, whatever the schedule."""
+    cluster = parse_cluster("dgx-h100:1")
+    request = Request(cluster, BATCH, Fix(microbatches=microbatches, pipeline=2), schedules=("1f1b", "gpipe", "zb-h1"))
     _, table = Priced(graph_of(microbatches), microbatches, request).at("none", 0.0)
     least = least_seconds(table, microbatches)
     plan = search(graph_of, request)
