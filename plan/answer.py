@@ -6,8 +6,10 @@ from typing import Any
 
 import msgspec
 
+from meshwright.plan.assemble import axes_text
 from meshwright.plan.judge import Judged, compute_dtype, judge_candidate, why_not
-from meshwright.plan.planfile import FORMAT, VERSION, Plan, Rival, cluster_data
+from meshwright.plan.planfile import FORMAT, VERSION, Plan, PlannedCollective, Rival, cluster_data
+from meshwright.plan.priced import Priced, priced_stage
 from meshwright.plan.request import SURE_SHARE, Request
 from meshwright.plan.schedule_rules import GRAPH, SIMPLE
 
@@ -50,8 +52,8 @@ def _bare(judged: Judged, request: Request) -> Plan:
         model_flops=graph.model_flops,
         compute_dtype=compute_dtype(graph),
         stages=tuple(
-            msgspec.structs.replace(stage, peak_memory_bytes=peak)
-            for stage, peak in zip(judged.assembly.stages, judged.peaks, strict=True)
+            msgspec.structs.replace(stage, peak_memory_bytes=peak, collectives=_collectives(judged, index))
+            for index, (stage, peak) in enumerate(zip(judged.assembly.stages, judged.peaks, strict=True))
         ),
         layouts=judged.assembly.layouts,
         transfers=judged.assembly.transfers,
@@ -60,6 +62,20 @@ def _bare(judged: Judged, request: Request) -> Plan:
         search={},
         rivals=(),
     )
+
+
+def _collectives(judged: Judged, index: int) -> tuple[PlannedCollective, ...]:
+    """What a stage communicates inside its mesh: alike collectives together, the longest first."""
+    names = tuple(judged.assembly.stages[index].mesh)
+    alike: dict[tuple[Any, str, str, int], list[Priced]] = {}
+    for priced in priced_stage(judged.candidate.pricer.cost(*judged.candidate.stages.stages[index].cell)):
+        key = (priced.phase, priced.kind, axes_text(priced.axes, names), priced.ranks)
+        alike.setdefault(key, []).append(priced)
+    found = [
+        PlannedCollective(*key, len(those), sum(p.bytes for p in those), sum(p.seconds for p in those))
+        for key, those in alike.items()
+    ]
+    return tuple(sorted(found, key=lambda c: (-c.seconds, c.phase, c.kind, c.axes)))
 
 
 def _rivals(winner: Judged, judged: Sequence[Judged], request: Request) -> tuple[Rival, ...]:

@@ -35,11 +35,28 @@ class Layout(_Record, frozen=True):
     splits: dict[str, str]
 
 
+class PlannedCollective(_Record, frozen=True):
+    """Alike collectives of a stage: how many there are in a phase, what they bring to a device, and what they take.
+
+    ``phase`` is forward or backward (each micro-batch) or once (each iteration); ``bytes`` and ``seconds`` are those of
+    all ``count`` together, bytes of their results on one device.
+    """
+
+    phase: Literal["forward", "backward", "once"]
+    kind: str
+    axes: str  # names of mesh axes, joined by +
+    ranks: int
+    count: int
+    bytes: float
+    seconds: float
+
+
 class PlannedStage(_Record, frozen=True):
     """Layers ``layers[0] .. layers[1]-1`` on ``devices``, which form the mesh; one micro-batch's seconds.
 
     ``weight_gradient_seconds`` are the part of the backward computation that a schedule with split backwards puts off;
-    ``remat`` is None in files that say it for the whole plan.
+    ``remat`` is None in files that say it for the whole plan. ``collectives`` are what the communication seconds are
+    made of, as priced (a forward that runs again in the backward is not listed twice).
     """
 
     layers: tuple[int, int]
@@ -60,6 +77,7 @@ class PlannedStage(_Record, frozen=True):
     peak_memory_bytes: float
     weight_gradient_seconds: float | None = None
     remat: Literal["none", "full"] | None = None
+    collectives: tuple[PlannedCollective, ...] = ()
 
     @property
     def forward_seconds(self) -> float:

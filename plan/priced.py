@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from meshwright.plan.sharding import AXIS_NAMES, Collective, all_reduce, reshard, spec_text
+from meshwright.plan.graph import Tensor
+from meshwright.plan.sharding import AXIS_NAMES, Axes, Collective, all_reduce, reshard, spec_text
 from meshwright.plan.space import BM, FM, OM, Space
 from meshwright.plan.stages import StageCost
 from meshwright.simulate.collective import CollectiveKind
@@ -15,13 +16,15 @@ _WHEN: dict[int, When] = {FM: "forward", BM: "backward", OM: "once"}
 
 @dataclass(frozen=True, slots=True)
 class Priced:
-    """One collective of the cost model: ``elements`` of its result on one of its ``ranks`` devices.
+    """One collective of the cost model: ``elements`` and ``bytes`` of its result on one of its ``ranks`` devices.
 
     phase: once per micro-batch in the forward or backward half, or once per iteration.
     """
 
     kind: CollectiveKind
     elements: float
+    bytes: float
+    axes: Axes
     ranks: int
     phase: When
     seconds: float
@@ -33,11 +36,12 @@ def priced_collectives(space: Space, choice: Sequence[int]) -> tuple[Priced, ...
     graph, mesh = space.graph, space.mesh
     found: list[Priced] = []
 
-    def add(collectives: Sequence[Collective], component: int, why: str) -> None:
+    def add(collectives: Sequence[Collective], tensor: Tensor, component: int, why: str) -> None:
+        item_bytes = tensor.bytes / max(tensor.elements, 1)
         for c in collectives:
-            axes = "+".join(AXIS_NAMES[a] for a in c.axes)
-            ranks = mesh.size(c.axes)
-            found.append(Priced(c.kind, c.elements, ranks, _WHEN[component], c.seconds, f"{why}, over {axes}"))
+            over = f"{why}, over {'+'.join(AXIS_NAMES[a] for a in c.axes)}"
+            ranks, size = mesh.size(c.axes), c.elements * item_bytes
+            found.append(Priced(c.kind, c.elements, size, c.axes, ranks, _WHEN[component], c.seconds, over))
 
     waiting = set(space.partial.values())
     for index, op in enumerate(graph.operators):
@@ -48,12 +52,13 @@ def priced_collectives(space: Space, choice: Sequence[int]) -> tuple[Priced, ...
         component = OM if index in waiting else FM if op.phase == "forward" else BM
         for value, spec in zip(op.outputs, split.results, strict=True):
             sums = all_reduce(graph.tensors[value], spec, split.contracted, mesh)
-            add(sums, component, f"sum of value {value} ({op.primitive})")
+            add(sums, graph.tensors[value], component, f"sum of value {value} ({op.primitive})")
     for change in space.changes:
         before = change.home.specs[choice[change.home.node]]
         after = change.wanted[choice[change.node]]
         why = f"value {change.value} from {spec_text(before)} to {spec_text(after)}"
-        add(reshard(graph.tensors[change.value], before, after, mesh), change.component, why)
+        tensor = graph.tensors[change.value]
+        add(reshard(tensor, before, after, mesh), tensor, change.component, why)
     return tuple(found)
 
 

@@ -59,7 +59,7 @@ def test_a_gpt_on_two_axes_compiles_to_what_it_was_priced_for(gpt: Subject) -> N
 
 
 def test_a_reduce_scatter_counts_as_the_all_reduce_that_was_priced() -> None:
-    priced = [Priced("all_reduce", 64.0, 4, "once", 1e-6, "a gradient")]
+    priced = [Priced("all_reduce", 64.0, 256.0, (0,), 4, "once", 1e-6, "a gradient")]
     programs = _Programs(reduce="%s = f32[16]{0} reduce-scatter(%a), replica_groups={{0,1,2,3}}, dimensions={0}")
     assert compare(priced, programs) == (Comparison("once", "all_reduce", 64.0, 64.0),)  # type: ignore[arg-type]
 
