@@ -15,7 +15,7 @@ from meshwright.plan.graph import ModelGraph
 from meshwright.plan.judge import Candidate, Judged, judge_candidate, winner_of, within
 from meshwright.plan.planfile import Plan, bytes_text
 from meshwright.plan.request import SURE_SHARE, Fix, Request, microbatch_counts, refined_counts
-from meshwright.plan.schedule_rules import GRAPH, find_rule
+from meshwright.plan.schedule_rules import GRAPH, SIMPLE, ScheduleRule, find_rule
 
 __all__ = ["Fix", "Graphs", "Progress", "Request", "microbatch_counts", "search"]
 
@@ -71,13 +71,15 @@ class _Search:
 
     def __init__(self, graphs: Graphs, request: Request, progress: Progress | None) -> None:
         self.graphs, self.request, self.progress = graphs, request, progress
-        self.rules = tuple(find_rule(name) for name in request.searched_schedules)
+        rules = [find_rule(name) for name in request.searched_schedules]
+        self.rules = tuple(sorted(rules, key=lambda rule: rule.name != "1f1b"))  # which holds least: it goes first
         self.clock = _Clock()
         self.judged: list[Judged] = []
         self.reasons: list[str] = []
         self.untraced: ModelError | None = None
         self.bounds: dict[int, float] = {}  # micro-batches -> least seconds of a step
         self.too_large: set[int] = set()  # numbers of micro-batches with which nothing fits
+        self.roomy: set[tuple[int, ScheduleRule]] = set()  # with which memory is no matter
 
     def run(self) -> Plan:
         """Try all numbers of micro-batches that may win, the likeliest first, and those beside the best."""
@@ -88,6 +90,7 @@ class _Search:
         if best is not None and request.fix.microbatches is None and not stopped:
             finer = refined_counts(request.batch, best.candidate.microbatches, counts)
             stopped = self._try_all(finer)
+        self._refine_prices()
         winner = self._best()
         if winner is None:
             if self.untraced is not None and not self.judged and not self.reasons:
@@ -150,7 +153,7 @@ class _Search:
             if self._time_is_over():
                 break
         self.clock.ilp_solves += priced.ilp_solves
-        if not found:
+        if not found and any(rule.name in SIMPLE for rule in self.rules):  # others may refuse the number itself
             self.too_large.add(count)
 
     def _least_is_too_much(self, priced: Priced) -> bool:
@@ -165,34 +168,75 @@ class _Search:
         return best is not None and least > best.seconds
 
     def _candidates(self, priced: Priced) -> Iterator[Candidate]:
-        """The stage DP's best for each schedule; stages may recompute only where memory is short without."""
+        """The stage DP's best for each schedule; stages may recompute, and bytes cost, only where memory is short.
+
+        A schedule that does not fit where another does is given up: leaner strategies would only make it slower.
+        """
         request, count = priced.request, priced.microbatches
-        rules = self.rules if priced.branches else tuple(rule for rule in self.rules if rule is not GRAPH)
-        short_of_memory = set(rules)
-        policies: tuple[Policy, ...] = ("none", "mixed") if request.fix.remat is None else (request.fix.remat,)
-        for policy in policies:
-            unsolved = [rule for rule in rules if rule in short_of_memory]
-            for price in MEMORY_PRICES if unsolved else ():
+        unsolved = [rule for rule in self.rules if rule is not GRAPH or priced.branches]
+        for policy, price in self._steps():
+            if not unsolved:
+                return
+            start = time.perf_counter()
+            pricer, table = priced.at(policy, price)
+            self.clock.intra += time.perf_counter() - start
+            failed: set[ScheduleRule] = set()
+            found = False
+            for rule in tuple(unsolved):
+                if SIMPLE["1f1b"] in failed and rule.name in SIMPLE:
+                    failed.add(rule)  # no other schedule with one stage a mesh holds fewer micro-batches
+                    continue
                 start = time.perf_counter()
-                pricer, table = priced.at(policy, price)
-                self.clock.intra += time.perf_counter() - start
-                for rule in tuple(unsolved):
-                    start = time.perf_counter()
-                    try:
-                        plans = stage_plans(pricer, table, request, count, rule, _SIMULATED_PER_SETTING)
-                        if price == 0.0 and memory_is_no_matter(pricer, table, plans[0], request, count, rule):
-                            short_of_memory.discard(rule)
-                    except PlanError as error:
-                        self.reasons.append(str(error))
-                        continue
-                    finally:
-                        self.clock.inter += time.perf_counter() - start
+                try:
+                    plans = stage_plans(pricer, table, request, count, rule, _SIMULATED_PER_SETTING)
+                    may_recompute = policy == "none" and request.fix.remat is None
+                    enough = not may_recompute or memory_is_no_matter(pricer, table, plans[0], request, count, rule)
+                except PlanError as error:
+                    self.reasons.append(str(error))
+                    failed.add(rule)
+                    continue
+                finally:
+                    self.clock.inter += time.perf_counter() - start
+                if enough:
                     unsolved.remove(rule)
-                    self.clock.candidates += len(plans)
-                    for plan in plans:
-                        yield Candidate(rule, pricer, plan)
-                if not unsolved:
-                    break
+                if enough and may_recompute:
+                    self.roomy.add((count, rule))
+                self.clock.candidates += len(plans)
+                yield from (Candidate(rule, pricer, plan) for plan in plans)
+                found = True
+            if found:
+                unsolved = [rule for rule in unsolved if rule not in failed]
+
+    def _refine_prices(self) -> None:
+        """Try the best's schedule again where bytes cost more: leaner strategies may recompute less, or cut better."""
+        best = self._best()
+        if best is None or (best.candidate.microbatches, best.candidate.rule) in self.roomy:
+            return
+        candidate, request = best.candidate, self.request
+        priced = Priced(candidate.graph, candidate.microbatches, request, candidate.pricer.spaces)
+        for policy, price in self._steps()[-len(MEMORY_PRICES) :]:
+            if price == 0.0 or self._time_is_over():
+                continue
+            self._tell(1, 1, f"bytes at {price:g} times the price")
+            start = time.perf_counter()
+            try:
+                pricer, table = priced.at(policy, price)
+                plans = stage_plans(
+                    pricer, table, request, candidate.microbatches, candidate.rule, _SIMULATED_PER_SETTING
+                )
+            except PlanError as error:
+                self.reasons.append(str(error))
+                continue
+            finally:
+                self.clock.intra += time.perf_counter() - start
+            self.clock.candidates += len(plans)
+            self.judged += [self._judge(Candidate(candidate.rule, pricer, plan), request) for plan in plans]
+
+    def _steps(self) -> tuple[tuple[Policy, float], ...]:
+        """Policies and prices of memory in the order in which they are tried until stages fit."""
+        if self.request.fix.remat is not None:
+            return tuple((self.request.fix.remat, price) for price in MEMORY_PRICES)
+        return (("none", 0.0), *(("mixed", price) for price in MEMORY_PRICES))
 
     def _judge(self, candidate: Candidate, request: Request) -> Judged:
         start = time.perf_counter()
