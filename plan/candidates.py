@@ -1,7 +1,7 @@
 """Candidates at one number of micro-batches: stages priced under a policy and a price of memory, then cut by the DP."""
 
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Literal
 
 import numpy as np
@@ -34,7 +34,7 @@ class Priced:
     graph: ModelGraph
     microbatches: int
     request: Request
-    spaces: SpaceCache = field(default_factory=dict)
+    spaces: SpaceCache = field(default_factory=SpaceCache)
     known: dict[tuple[Policy, float], tuple[StagePricer, StageTable]] = field(default_factory=dict)
 
     @property
@@ -66,6 +66,8 @@ class Priced:
         setting = Setting(self.graph, self.microbatches, policy == "full", request.memory, self.slowdown)
         pricer = StagePricer(setting, kinds, request.use_ilp, self.spaces)
         table = replace(with_shares(pricer.stage_table(request.cluster), pricer), memory_bytes=request.usable_bytes)
+        if request.fix.equal_layers:
+            table = _only_equal_layers(table, request.fix.pipeline or 1)
         return pricer, table if request.fix.meshes else without_wasted_devices(table)
 
     def _both(self, price: float) -> tuple[StagePricer, StageTable]:
@@ -88,7 +90,8 @@ def stage_plans(
         return _graph_plans(pricer, table, request, microbatches)
     if rule.chunks > 1:
         return virtual_stages(table, microbatches, rule, keep, request.cross_mesh)
-    return best_stages(table, microbatches, rule.name, keep, None, request.cross_mesh, all_devices=request.fix.meshes)
+    all_devices = request.fix.meshes or not request.cross_mesh
+    return best_stages(table, microbatches, rule.name, keep, None, request.cross_mesh, all_devices)
 
 
 def memory_is_no_matter(
@@ -98,6 +101,20 @@ def memory_is_no_matter(
     unlimited = replace(table, memory_bytes=float("inf"))
     freed = stage_plans(pricer, unlimited, request, microbatches, rule, keep=1)
     return freed[0].surrogate_seconds >= best.surrogate_seconds * (1 - 1e-6)
+
+
+def _only_equal_layers(table: StageTable, stages: int) -> StageTable:
+    """The table with only the stages of a cut into equally many layers each, or one less for the last.
+
+    Errors: PlanError if there are fewer layers than stages.
+    """
+    if stages > table.layers:
+        raise PlanError(f"{stages} stages were asked of a model of {table.layers} layers; use at most {table.layers}")
+    cuts = [-(-table.layers * s // stages) for s in range(stages + 1)]
+    seconds = np.full_like(table.seconds, np.inf)
+    for first, last in pairwise(cuts):
+        seconds[first, last] = table.seconds[first, last]
+    return replace(table, seconds=seconds)
 
 
 def _graph_plans(pricer: StagePricer, table: StageTable, request: Request, microbatches: int) -> list[StagePlan]:

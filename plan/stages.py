@@ -79,7 +79,15 @@ class StageCost:
     tables: tuple[LayerTable, ...]
 
 
-SpaceCache = dict[tuple[int, tuple[int, ...], tuple[str, ...]], Space]  # layer class, mesh sizes, roles
+Place = tuple[int, tuple[int, ...], tuple[str, ...]]  # layer class, mesh sizes, roles of the axes
+
+
+@dataclass(slots=True)
+class SpaceCache:
+    """What pricers of one graph share: strategy spaces, which know no remat and no price, and tables of layers."""
+
+    spaces: dict[Place, Space] = field(default_factory=dict)
+    tables: dict[tuple[Place, Weights, bool], LayerTable] = field(default_factory=dict)  # True: by the ILP
 
 
 @dataclass
@@ -89,23 +97,23 @@ class StagePricer:
     setting: Setting
     kinds: tuple[MeshKind, ...]
     use_ilp: bool = False
-    spaces: SpaceCache = field(default_factory=dict)  # shared by pricers of one graph: spaces know no remat, no price
-    tables: dict[tuple[int, int], LayerTable] = field(default_factory=dict)
-    chains: dict[tuple[int, tuple[int, ...]], "_Chain"] = field(default_factory=dict)
+    spaces: SpaceCache = field(default_factory=SpaceCache)
+    chains: dict[int, list["_Chain"]] = field(default_factory=dict)  # by kind: those of ``_ranges``
     ilp_solves: int = 0
 
     def layer_table(self, layer_class: int, kind: int) -> LayerTable:
-        key = (layer_class, kind)
-        if key not in self.tables:
-            mesh_kind = self.kinds[kind]
-            graph = self.setting.graph.classes[layer_class]
-            place = (layer_class, mesh_kind.mesh.sizes, mesh_kind.roles)
-            if place not in self.spaces:
-                memory = self.setting.memory
-                self.spaces[place] = build_space(graph, mesh_kind.mesh, memory, mesh_kind.layouts, mesh_kind.roles)
-            self.tables[key] = solve_layer(self.spaces[place], self._weights(mesh_kind), self.use_ilp)
-            self.ilp_solves += self.tables[key].ilp_solves
-        return self.tables[key]
+        """The best shardings of a layer; solved once for all pricers of the graph."""
+        mesh_kind = self.kinds[kind]
+        place = (layer_class, mesh_kind.mesh.sizes, mesh_kind.roles)
+        key = (place, self._weights(mesh_kind), self.use_ilp)
+        tables, spaces = self.spaces.tables, self.spaces.spaces
+        if key not in tables:
+            if place not in spaces:
+                graph, memory = self.setting.graph.classes[layer_class], self.setting.memory
+                spaces[place] = build_space(graph, mesh_kind.mesh, memory, mesh_kind.layouts, mesh_kind.roles)
+            tables[key] = solve_layer(spaces[place], key[1], self.use_ilp)
+            self.ilp_solves += tables[key].ilp_solves
+        return tables[key]
 
     def _weights(self, kind: MeshKind) -> Weights:
         s = self.setting
@@ -119,19 +127,21 @@ class StagePricer:
         shape = (count, count + 1, len(kinds), width, width)
         seconds = np.full(shape, np.inf)
         once, static, saved, transient = (np.zeros(shape) for _ in range(4))
+        number = self._ranges.number
+        stages = number >= 0
         for k, kind in enumerate(kinds):
             a = len(kind.layouts)
-            places: dict[_Chain, tuple[list[int], list[int]]] = {}  # stages of equal layers are priced once
-            for first in range(count):
-                for last in range(first + 1, count + 1):
-                    firsts, lasts = places.setdefault(self._chain(first, last, k), ([], []))
-                    firsts.append(first)
-                    lasts.append(last)
-            for chain, (firsts, lasts) in places.items():
-                place = (firsts, lasts, k, slice(0, a), slice(0, a))
-                seconds[place], once[place] = self._seconds(chain.costs, kind.mesh)
-                static[place], saved[place] = chain.costs[STATIC], chain.saved
-                transient[place] = chain.transient
+            chains = self._chains(k)
+            costs = np.stack([chain.costs for chain in chains], axis=1)  # (component, chain, entry, exit)
+            chain_seconds, chain_once = self._seconds(costs, kind.mesh)
+            for array, of_chain in (
+                (seconds, chain_seconds),
+                (once, chain_once),
+                (static, costs[STATIC]),
+                (saved, np.stack([chain.saved for chain in chains])),
+                (transient, np.stack([chain.transient for chain in chains])),
+            ):
+                array[stages, k, :a, :a] = of_chain[number[stages]]
         return StageTable(
             seconds=seconds,
             once_seconds=once,
@@ -145,14 +155,22 @@ class StagePricer:
             total_devices=cluster.devices,
         )
 
-    def _chain(self, first: int, last: int, kind: int) -> "_Chain":
-        """Layers first..last-1 joined; chains of equal layers are one and the same object."""
-        classes = tuple(use.layer_class for use in self.setting.graph.layers[first:last])
-        key = (kind, classes)
-        if key not in self.chains:
-            layer = _Chain.of(self.layer_table(classes[-1], kind), self.setting.remat)
-            self.chains[key] = self._chain(first, last - 1, kind).then(layer) if len(classes) > 1 else layer
-        return self.chains[key]
+    @cached_property
+    def _ranges(self) -> "_Ranges":
+        return _Ranges.of([use.layer_class for use in self.setting.graph.layers])
+
+    def _chains(self, kind: int) -> list["_Chain"]:
+        """The chains of all layer ranges on a kind."""
+        if kind not in self.chains:
+            found: list[_Chain] = []
+            layer_of: dict[int, _Chain] = {}
+            for shorter, layer_class in self._ranges.steps:
+                if layer_class not in layer_of:
+                    layer_of[layer_class] = _Chain.of(self.layer_table(layer_class, kind), self.setting.remat)
+                layer = layer_of[layer_class]
+                found.append(layer if shorter < 0 else found[shorter].then(layer))
+            self.chains[kind] = found
+        return self.chains[kind]
 
     def _seconds(self, costs: FloatArray, mesh: LogicalMesh) -> tuple[FloatArray, FloatArray]:
         slow = self.setting.compute_slowdown
@@ -165,7 +183,7 @@ class StagePricer:
 
     def cost(self, first: int, last: int, kind: int, entry: int, leave: int) -> StageCost:
         """One stage in full, with the layouts inside it and the strategies of its layers."""
-        chain = self._chain(first, last, kind)
+        chain = self._chains(kind)[self._ranges.number[first, last]]
         layouts = chain.backtrack(entry, leave)
         tables = tuple(self.layer_table(self.setting.graph.layers[x].layer_class, kind) for x in range(first, last))
         costs = chain.costs[:, entry, leave]
@@ -242,6 +260,29 @@ def transfer_cost(
     if link.host_bytes_per_second is not None:
         seconds = max(seconds, total / link.host_bytes_per_second.value)
     return seconds, link.latency_seconds.value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ranges:
+    """The ranges of layers i..j-1 of a model, those of equal layers in equal order as one.
+
+    number: (L, L+1) of each range, -1 where there is none; steps: for each number, the number of the range without its
+    last layer (-1: it has one layer), and the class of that layer.
+    """
+
+    number: IntArray
+    steps: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def of(classes: Sequence[int]) -> "_Ranges":
+        number = np.full((len(classes), len(classes) + 1), -1)
+        known: dict[tuple[int, int], int] = {}
+        for first in range(len(classes)):
+            shorter = -1
+            for last in range(first, len(classes)):
+                shorter = known.setdefault((shorter, classes[last]), len(known))
+                number[first, last + 1] = shorter
+        return _Ranges(number, tuple(known))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
