@@ -1,6 +1,6 @@
 """The Python face of Meshwright: plan, predict, build. Reached as ``meshwright.find_plan`` and so on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ from meshwright.execute.train import build as build_trainer
 from meshwright.models.base import Model
 from meshwright.plan.graph import ModelGraph
 from meshwright.plan.planfile import Plan
+from meshwright.plan.request import MEMORY_MARGIN
+from meshwright.plan.schedule_rules import RUNNABLE
 from meshwright.plan.search import Fix, Progress, Request, search
 from meshwright.plan.space import Memory
 from meshwright.plan.trace.model import trace
@@ -59,6 +61,9 @@ def find_plan(
     has_aux: bool = False,
     fix: Fix | None = None,
     progress: Progress | None = None,
+    schedules: Sequence[str] = RUNNABLE,
+    memory_margin: float = MEMORY_MARGIN,
+    time_limit_seconds: float | None = None,
 ) -> Plan:
     """The fastest plan for one optimizer step on ``batch``.
 
@@ -67,6 +72,9 @@ def find_plan(
             for which ``batch_size`` takes the place of ``params`` and ``batch``.
         optimizer: optax; its state counts in memory. AdamW's two moments are assumed if it is not given.
         fix: what is not to be searched.
+        schedules: those to search; by default those that ``build`` can run.
+        memory_margin: share of each device's memory that the plan leaves free.
+        time_limit_seconds: after which the best plan so far is given.
     Errors: ModelError, ClusterError, PlanError, each in one line.
     """
     if isinstance(loss_fn, Model):
@@ -87,7 +95,16 @@ def find_plan(
         return seen[-1]
 
     memory = Memory() if optimizer is None else optimizer_memory(optimizer, model)
-    return search(graphs, Request(hardware, samples, fix or Fix(), memory), progress)
+    request = Request(
+        hardware,
+        samples,
+        fix or Fix(),
+        memory,
+        schedules=tuple(schedules),
+        memory_margin=memory_margin,
+        time_limit_seconds=time_limit_seconds,
+    )
+    return search(graphs, request, progress)
 
 
 def build(

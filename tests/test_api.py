@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import meshwright as mw
-from meshwright.errors import ModelError
+from meshwright.errors import ModelError, PlanError
 
 
 def loss_fn(params: Any, batch: Any) -> Any:
@@ -56,6 +56,16 @@ def test_shapes_are_enough_to_plan() -> None:
     plan = mw.find_plan(loss_fn, *shapes, cluster="cpu:2", fix=mw.Fix(microbatches=2))
     assert plan.microbatches == 2
     assert mw.predict(plan).predicted == plan.predicted
+
+
+def test_limits_and_schedules_of_the_search_can_be_given() -> None:
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), problem())
+    asked: dict[str, Any] = {"cluster": "cpu:2", "schedules": ["gpipe"], "time_limit_seconds": 1e-6}
+    plan = mw.find_plan(loss_fn, *shapes, **asked)
+    assert plan.schedule == "gpipe"
+    assert any("the search stopped after its 1e-06 seconds" in note for note in plan.notes)
+    with pytest.raises(PlanError, match="a memory margin of 2 is no share"):
+        mw.find_plan(loss_fn, *shapes, **asked, memory_margin=2.0)
 
 
 def test_leaves_that_disagree_on_the_number_of_samples_are_refused() -> None:
