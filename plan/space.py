@@ -6,6 +6,7 @@ graph of some twenty nodes. Costs are vectors over ``COMPONENTS``: a node has on
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,7 +148,8 @@ class _Builder:
         self.of_parameters = set(graph.parameters)  # functions of parameters alone
         self.content = [t.elements for t in graph.tensors]  # elements, those of a broadcast counted once
         self.changes: set[Change] = set()
-        self._reshard: dict[tuple[Tensor, Spec, Spec], float] = {}
+        self._reshard: dict[tuple[Tensor, tuple[Spec, ...], tuple[Spec, ...]], FloatArray] = {}
+        self._reshard_of: dict[Tensor, dict[tuple[Spec, Spec], float]] = {}
 
     # -- nodes and edges ------------------------------------------------------------------------------------------
 
@@ -158,11 +160,11 @@ class _Builder:
     def _add_edge(self, component: int, value: int, node: int, wanted: Sequence[Spec]) -> None:
         """Charge resharding from a value's home to the specs that each strategy of ``node`` wants."""
         home, tensor = self.space.homes[value], self.graph.tensors[value]
-        here = list(dict.fromkeys(home.specs))
-        there = list(dict.fromkeys(wanted))
+        here = tuple(dict.fromkeys(home.specs))
+        there = tuple(dict.fromkeys(wanted))
         if here == there and len(here) == 1:
             return
-        small = np.array([[self._reshard_seconds(tensor, a, b) for b in there] for a in here])
+        small = self._reshard_seconds(tensor, here, there)
         if not small.any():
             return
         change = Change(value, component, home, node, tuple(wanted))
@@ -182,10 +184,15 @@ class _Builder:
             self.space.edge_costs[key] = np.zeros((len(COMPONENTS), *shape))
         self.space.edge_costs[key][component] += full if key[0] == home.node else full.T
 
-    def _reshard_seconds(self, tensor: Tensor, before: Spec, after: Spec) -> float:
-        key = (tensor, before, after)
+    def _reshard_seconds(self, tensor: Tensor, here: tuple[Spec, ...], there: tuple[Spec, ...]) -> FloatArray:
+        """Seconds from each spec to each; many values of a layer have the same shape and the same specs."""
+        key = (tensor, here, there)
         if key not in self._reshard:
-            self._reshard[key] = sum(c.seconds for c in reshard(tensor, before, after, self.mesh))
+            known = self._reshard_of.setdefault(tensor, {})
+            for change in product(here, there):
+                if change not in known:
+                    known[change] = sum(c.seconds for c in reshard(tensor, *change, self.mesh))
+            self._reshard[key] = np.array([[known[a, b] for b in there] for a in here])
         return self._reshard[key]
 
     def _demand(self, value: int, node: int, wanted: tuple[Spec, ...], component: int) -> None:
@@ -202,7 +209,8 @@ class _Builder:
             return
         # A cast or a reshape of a parameter: its operand follows backwards.
         op = self.graph.operators[maker]
-        splits = tuple(self._split_from(op, op.rule.results[0], spec) for spec in wanted)
+        implied = {spec: self._split_from(op, op.rule.results[0], spec) for spec in dict.fromkeys(wanted)}
+        splits = tuple(implied[spec] for spec in wanted)
         self._settle(maker, node, splits)
         for position, operand in enumerate(op.inputs):
             self._demand(operand, node, tuple(s.operands[position] for s in splits), component)
