@@ -33,9 +33,10 @@ def undominated(costs: FloatArray) -> IntArray:
         if costs.shape[1] == 1:
             keep[1:] = False
         return np.asarray(order[keep], dtype=np.int64)
-    earlier = np.tril(np.ones((len(order), len(order)), dtype=bool), -1)
-    matched = (rising[:, None, :] >= rising[None, :, :]).all(axis=2)
-    beaten = np.any(matched & earlier, axis=1)
+    matched = np.ones((len(order), len(order)), dtype=bool)  # [a, b]: b is no worse than a in any criterion
+    for column in rising.T:
+        matched &= column[:, None] >= column[None, :]
+    beaten = np.tril(matched, -1).any(axis=1)  # only a row before it can beat a row
     return np.asarray(order[~beaten], dtype=np.int64)
 
 

@@ -18,6 +18,7 @@ from meshwright.errors import PlanError
 from meshwright.plan.frontier import BoolArray, FloatArray, IntArray, undominated
 
 _COARSE = 1.01  # the guess is bracketed within this ratio before its candidates are listed
+_WIDEN = 1.2  # steps of the guess until a pipeline is found
 _ROUNDING = 1e-9  # relative: a bound on sums is no bound to the last digit
 _UNLIMITED = 2**40  # replicas in flight of a stage that holds nothing per micro-batch
 
@@ -98,6 +99,7 @@ class _Search:
         d = self.replicas
         self.seconds = costs[:, :, :1] / d + costs[:, :, 1:2] * ((d - 1) / d)
         self.seconds[(self.width[:, None] * d > devices)[:, None, :].repeat(ways, axis=1)] = np.inf
+        self.fastest = self.seconds.min(axis=(1, 2))
         self.in_flight = _in_flight(costs, memory_bytes)
         self.least_work = costs[:, :, 0].min(axis=1) * self.width
         self.into = [np.flatnonzero([piece.upper == cut for piece in pieces]) for cut in range(self._top() + 1)]
@@ -106,16 +108,22 @@ class _Search:
         return max(piece.upper for piece in self.pieces)
 
     def run(self) -> tuple[ReplicatedStage, ...]:
-        best = self._probe(np.inf)
+        low = self._least_total_work() / self.devices * (1 - _ROUNDING)
+        slowest = float(self.seconds[np.isfinite(self.seconds)].max(initial=0.0))
+        guess = low if low > 0 else slowest
+        best = self._probe(guess)
+        while best is None and guess < slowest:  # good plans waste little: start at the bound
+            low, guess = guess, min(_WIDEN * guess, slowest)
+            best = self._probe(guess)
         if best is None:
             raise PlanError(
                 f"no pipeline on {self.devices} devices fits in {self.memory_bytes / 1e9:.2f} GB per device with at "
                 f"most {self.most} micro-batches in flight. Use more devices, wider tensor parallelism or "
                 f"rematerialisation."
             )
-        low, high = self._least_total_work() / self.devices * (1 - _ROUNDING), _bottleneck(best)
+        high = _bottleneck(best)
         while low > 0 and high > _COARSE * low:
-            guess = min(2 * low, float(np.sqrt(low * high)))  # good plans waste little: start near the bound
+            guess = float(np.sqrt(low * high))
             stages = self._probe(guess)
             if stages is None:
                 low = guess
@@ -149,8 +157,11 @@ class _Search:
 
     def _probe(self, bottleneck_seconds: float) -> tuple[ReplicatedStage, ...] | None:
         """A pipeline within the guess that uses the fewest devices; None if there is none."""
-        most = np.where(self.seconds <= bottleneck_seconds, self.in_flight[:, :, None], 0).max(axis=1)
-        useful = most.max(axis=1) > 0
+        useful = self.fastest <= bottleneck_seconds
+        most = np.zeros((len(self.pieces), len(self.replicas)), dtype=np.int64)
+        most[useful] = np.where(self.seconds[useful] <= bottleneck_seconds, self.in_flight[useful, :, None], 0).max(
+            axis=1
+        )
         nobody = np.zeros(1, dtype=np.int64)
         labels: list[_Labels | None] = [_Labels(np.zeros((1, 2), dtype=np.int64), nobody, nobody, nobody)]
         for into in self.into[1:]:

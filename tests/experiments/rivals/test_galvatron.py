@@ -1,6 +1,7 @@
 """Galvatron's cost terms in closed form, and our search of its space against brute force and its own runs."""
 
 import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -135,10 +136,11 @@ def test_our_plan_is_no_slower_and_proved_best_in_seconds(
     name: str, batch: int, limit_gb: int, published: float
 ) -> None:
     profile = costs.read_profile(FOLDER)
+    began = time.process_time()  # of this process alone, whatever else the machine does
     answer = galvatron.plan(profile, batch, limit_gb)
+    assert time.process_time() - began < 10
     printed = costs.read_summary(FOLDER / f"rerun_summary_{name}.json").pred_iter_s
     assert answer.seconds <= printed * (1 + 1e-12)
     assert round(answer.seconds, 4) <= published
     assert answer.bound_seconds == pytest.approx(answer.seconds, rel=1e-9)
     assert max(answer.memory_mb) <= costs.usable_mb(limit_gb)
-    assert answer.search_seconds < 10

@@ -1,6 +1,7 @@
 """Piper's cost terms on a graph of three nodes, and its BERT-32 on up to 1,024 devices."""
 
 import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,9 @@ def test_the_terms_give_the_times_that_piper_printed_for_its_own_plans() -> None
 def test_bert_32_is_no_slower_than_in_pipers_plan_and_a_thousand_devices_take_seconds(devices: int) -> None:
     graph = piper.read_graph(DATA / "graphs" / "bert32a100.json")
     theirs = piper.reference_runs(DATA / "rivals" / "piper_bert32.json")[devices]
+    began = time.process_time()  # of this process alone, whatever else the machine does
     answer = piper.plan(graph, devices)
+    assert time.process_time() - began < 5
     assert answer.bottleneck_seconds <= theirs["max_stage_TPS_s"] * (1 + 5e-6)  # printed with six digits
     assert answer.devices <= devices
     assert sorted(n for stage in answer.stages for n in stage.nodes) == sorted(node.id for node in graph.nodes)
-    assert answer.search_seconds < 5
