@@ -79,7 +79,11 @@ class _Search:
         self.untraced: ModelError | None = None
         self.bounds: dict[int, float] = {}  # micro-batches -> least seconds of a step
         self.too_large: set[int] = set()  # numbers of micro-batches with which nothing fits
-        self.roomy: set[tuple[int, ScheduleRule]] = set()  # with which memory is no matter
+
+    @property
+    def finalists(self) -> int:
+        """Stages that the simulator judges, of each setting; Alpa's objective is taken at its word."""
+        return _SIMULATED_PER_SETTING if self.request.cross_mesh else 1
 
     def run(self) -> Plan:
         """Try all numbers of micro-batches that may win, the likeliest first, and those beside the best."""
@@ -90,7 +94,6 @@ class _Search:
         if best is not None and request.fix.microbatches is None and not stopped:
             finer = refined_counts(request.batch, best.candidate.microbatches, counts)
             stopped = self._try_all(finer)
-        self._refine_prices()
         winner = self._best()
         if winner is None:
             if self.untraced is not None and not self.judged and not self.reasons:
@@ -170,7 +173,8 @@ class _Search:
     def _candidates(self, priced: Priced) -> Iterator[Candidate]:
         """The stage DP's best for each schedule; stages may recompute, and bytes cost, only where memory is short.
 
-        A schedule that does not fit where another does is given up: leaner strategies would only make it slower.
+        Which price is best cannot be told beforehand: strategies that keep fewer bytes may be slower, and yet allow
+        larger stages, or some to recompute nothing. A schedule that does not fit where another does is given up.
         """
         request, count = priced.request, priced.microbatches
         unsolved = [rule for rule in self.rules if rule is not GRAPH or priced.branches]
@@ -188,9 +192,8 @@ class _Search:
                     continue
                 start = time.perf_counter()
                 try:
-                    plans = stage_plans(pricer, table, request, count, rule, _SIMULATED_PER_SETTING)
-                    may_recompute = policy == "none" and request.fix.remat is None
-                    enough = not may_recompute or memory_is_no_matter(pricer, table, plans[0], request, count, rule)
+                    plans = stage_plans(pricer, table, request, count, rule, self.finalists)
+                    enough = price == 0.0 and memory_is_no_matter(pricer, table, plans[0], request, count, rule)
                 except PlanError as error:
                     self.reasons.append(str(error))
                     failed.add(rule)
@@ -199,41 +202,14 @@ class _Search:
                     self.clock.inter += time.perf_counter() - start
                 if enough:
                     unsolved.remove(rule)
-                if enough and may_recompute:
-                    self.roomy.add((count, rule))
                 self.clock.candidates += len(plans)
                 yield from (Candidate(rule, pricer, plan) for plan in plans)
                 found = True
             if found:
                 unsolved = [rule for rule in unsolved if rule not in failed]
 
-    def _refine_prices(self) -> None:
-        """Try the best's schedule again where bytes cost more: leaner strategies may recompute less, or cut better."""
-        best = self._best()
-        if best is None or (best.candidate.microbatches, best.candidate.rule) in self.roomy:
-            return
-        candidate, request = best.candidate, self.request
-        priced = Priced(candidate.graph, candidate.microbatches, request, candidate.pricer.spaces)
-        for policy, price in self._steps()[-len(MEMORY_PRICES) :]:
-            if price == 0.0 or self._time_is_over():
-                continue
-            self._tell(1, 1, f"bytes at {price:g} times the price")
-            start = time.perf_counter()
-            try:
-                pricer, table = priced.at(policy, price)
-                plans = stage_plans(
-                    pricer, table, request, candidate.microbatches, candidate.rule, _SIMULATED_PER_SETTING
-                )
-            except PlanError as error:
-                self.reasons.append(str(error))
-                continue
-            finally:
-                self.clock.intra += time.perf_counter() - start
-            self.clock.candidates += len(plans)
-            self.judged += [self._judge(Candidate(candidate.rule, pricer, plan), request) for plan in plans]
-
     def _steps(self) -> tuple[tuple[Policy, float], ...]:
-        """Policies and prices of memory in the order in which they are tried until stages fit."""
+        """Policies and prices of memory, of which the first few suffice where memory is no matter."""
         if self.request.fix.remat is not None:
             return tuple((self.request.fix.remat, price) for price in MEMORY_PRICES)
         return (("none", 0.0), *(("mixed", price) for price in MEMORY_PRICES))
