@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from meshwright.calibrate.hardware import Cluster, Link
+from meshwright.plan.cache import LayerCache, LayerFigures
 from meshwright.plan.graph import ModelGraph, Tensor
 from meshwright.plan.inter import StageTable
 from meshwright.plan.intra import LayerTable, Weights, solve_layer
@@ -98,8 +99,10 @@ class StagePricer:
     kinds: tuple[MeshKind, ...]
     use_ilp: bool = False
     spaces: SpaceCache = field(default_factory=SpaceCache)
+    figures: dict[int, list[LayerFigures]] = field(default_factory=dict)  # by layer class: on each kind
     chains: dict[int, list["_Chain"]] = field(default_factory=dict)  # by kind: those of ``_ranges``
     ilp_solves: int = 0
+    cache: LayerCache | None = None  # layers solved by earlier searches
 
     def layer_table(self, layer_class: int, kind: int) -> LayerTable:
         """The best shardings of a layer; solved once for all pricers of the graph."""
@@ -159,14 +162,28 @@ class StagePricer:
     def _ranges(self) -> "_Ranges":
         return _Ranges.of([use.layer_class for use in self.setting.graph.layers])
 
+    def _figures(self, layer_class: int) -> list[LayerFigures]:
+        """The figures of a layer on each kind."""
+
+        def solve() -> list[LayerFigures]:
+            return [LayerFigures.of(self.layer_table(layer_class, kind)) for kind in range(len(self.kinds))]
+
+        if layer_class not in self.figures:
+            graph, memory = self.setting.graph.classes[layer_class], self.setting.memory
+            parts = (graph, memory, *((k, self._weights(k)) for k in self.kinds), self.use_ilp)
+            self.figures[layer_class] = solve() if self.cache is None else self.cache.get(parts, solve)
+        return self.figures[layer_class]
+
     def _chains(self, kind: int) -> list["_Chain"]:
         """The chains of all layer ranges on a kind."""
         if kind not in self.chains:
             found: list[_Chain] = []
             layer_of: dict[int, _Chain] = {}
+            temporaries = self.kinds[kind].mesh.device.program_temporaries("backward")
             for shorter, layer_class in self._ranges.steps:
                 if layer_class not in layer_of:
-                    layer_of[layer_class] = _Chain.of(self.layer_table(layer_class, kind), self.setting.remat)
+                    figures = self._figures(layer_class)[kind]
+                    layer_of[layer_class] = _Chain.of(figures, temporaries, self.setting.remat)
                 layer = layer_of[layer_class]
                 found.append(layer if shorter < 0 else found[shorter].then(layer))
             self.chains[kind] = found
@@ -254,8 +271,13 @@ def transfer_cost(
     if not tensors:
         return 0.0, 0.0
     per_target = sum(t.bytes / shards(boundary_spec(t, layout, target.size(layout)), target) for t in tensors)
-    total = per_target * target.devices
-    busiest = max(per_target, total / source.devices)
+    return moving_cost(per_target, source.devices, target.devices, link)
+
+
+def moving_cost(bytes_per_target: float, sources: int, targets: int, link: Link) -> tuple[float, float]:
+    """(seconds on the wire, latency) of sending so many bytes to each of the targets, the sources sharing the work."""
+    total = bytes_per_target * targets
+    busiest = max(bytes_per_target, total / sources)
     seconds = busiest / link.bytes_per_second.value
     if link.host_bytes_per_second is not None:
         seconds = max(seconds, total / link.host_bytes_per_second.value)
@@ -296,12 +318,11 @@ class _Chain:
     joints: tuple[IntArray, ...] = ()  # per inner cut, the best layout there for each (entry, exit) up to that layer
 
     @staticmethod
-    def of(table: LayerTable, remat: bool) -> "_Chain":
-        entry_bytes = _entry_bytes(table)[:, None] + np.zeros_like(table.objective)
-        saved = entry_bytes if remat else table.costs[SAVED]
-        live = table.space.mesh.device.program_temporaries("backward") * table.transient_bytes
-        transient = live + (table.costs[SAVED] if remat else 0.0)
-        return _Chain(table.objective, table.costs, saved, transient)
+    def of(layer: LayerFigures, temporaries: float, remat: bool) -> "_Chain":
+        entry_bytes = layer.entry_bytes[:, None] + np.zeros_like(layer.objective)
+        saved = entry_bytes if remat else layer.costs[SAVED]
+        transient = temporaries * layer.transient_bytes + (layer.costs[SAVED] if remat else 0.0)
+        return _Chain(layer.objective, layer.costs, saved, transient)
 
     def then(self, layer: "_Chain") -> "_Chain":
         """The min-plus product: this chain, then one more layer."""
@@ -322,19 +343,6 @@ class _Chain:
         for best in reversed(self.joints):
             layouts.append(int(best[entry, layouts[-1]]))
         return (entry, *layouts[::-1])
-
-
-def _entry_bytes(table: LayerTable) -> FloatArray:
-    """Bytes of a layer's entries on one device, for each entry layout."""
-    space = table.space
-    tensors = [space.graph.tensors[v] for v in space.graph.entries]
-    return np.array(
-        [
-            sum(t.bytes / shards(boundary_spec(t, layout, space.mesh.size(layout)), space.mesh) for t in tensors)
-            for layout in space.layouts
-        ],
-        dtype=float,
-    )
 
 
 def without_wasted_devices(table: StageTable) -> StageTable:
