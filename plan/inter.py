@@ -141,8 +141,8 @@ class _Search:
         self.table, self.microbatches, self.rule = table, microbatches, rule
         self.max_stages, self.cross_mesh, self.all_devices = max_stages, cross_mesh, all_devices
         self.joint = rule.hops_wait
-        self.devices = np.ascontiguousarray(table.devices, dtype=np.int64)
-        self.fits_at = _fits_at(table)
+        self.devices = np.ascontiguousarray(table.devices[: table.meshes], dtype=np.int64)
+        self.fits_at = _fits_at(table)[: table.meshes]
         self.max_depth = _max_depth(_max_live(table, microbatches), rule, max_stages, microbatches)
         possible = np.isfinite(table.seconds) & np.isfinite(table.once_seconds)
         possible &= (
@@ -260,7 +260,7 @@ class _Search:
         while True:
             last, kind, entry, exit_, following = (int(x) for x in fact[kernels.LAST :])
             stages.append(Stage(layer, last, kind, entry, exit_, device))
-            layer, device = last, device + int(self.devices[kind])
+            layer, device = last, device + int(self.table.devices[kind])
             if following < 0:
                 return tuple(stages)
             fact = pool[following]
@@ -273,7 +273,8 @@ class _Search:
         for depth in range(1, min(self.max_stages, table.total_devices, table.layers) + 1):
             live = self.rule.live(depth, depth, self.microbatches)
             peak = table.static_bytes + live * table.saved_bytes + table.transient_bytes
-            per_depth.append(np.where(possible, peak, np.inf).min(axis=(3, 4)))
+            of_kind = np.where(possible, peak, np.inf).min(axis=(3, 4))
+            per_depth.append(of_kind.reshape(*of_kind.shape[:2], -1, table.meshes).min(axis=2))
         least = kernels.least_peak_bytes(np.stack(per_depth), self.devices, self.fits_at, self.all_devices)
         if table.memory_bytes < least < np.inf:
             raise PlanError(

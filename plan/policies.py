@@ -76,6 +76,5 @@ def joined(keeping: StageTable, recomputing: StageTable, microbatches: int) -> S
         transient_bytes=both("transient_bytes"),
         forward_share=both("forward_share"),
         weight_share=both("weight_share"),
-        hop_seconds=np.tile(keeping.hop_seconds, (1, 1, 2, 1, 2, 1)),
         devices=np.tile(keeping.devices, 2),
     )

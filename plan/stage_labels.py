@@ -42,8 +42,8 @@ def prefix_bounds(
         fill, seconds, once: (L, L+1, K, A, A), what a stage adds to the sum, what its step takes, and what it takes
             once an iteration; fill is +inf where a stage is impossible.
         max_depth: same shape, the most stages from this one to the end with which it fits in memory.
-        hops: (L+1, 2, K, A, K, A).
-        fits_at: (K, D) whether a stage of a kind may start at a device.
+        hops: (L+1, 2, M, A, M, A). A stage of kind k runs on mesh k % M, and only its mesh matters to its neighbours.
+        devices, fits_at: (M,) and (M, D): how many devices a mesh has, and whether it may start at a device.
         joint: whether a hop adds to the step of the stage before it (1F1B) or runs beside it (GPipe).
         upper: sums above it are of no use.
 
@@ -52,7 +52,8 @@ def prefix_bounds(
         ``opened`` (L+1, D+1, K, A, 3): a stage of this kind and entry layout starts here, the hop paid.
         +inf where no prefix leads.
     """
-    layers, kinds, layouts = fill.shape[0], fill.shape[2], fill.shape[3]
+    layers, kinds, layouts = fill.shape[0], hops.shape[2], fill.shape[3]
+    ways = fill.shape[2] // kinds
     total = fits_at.shape[1]
     closed = np.full((layers + 1, total + 1, kinds, layouts, 3), np.inf)
     opened = np.full((layers + 1, total + 1, kinds, layouts, 3), np.inf)
@@ -84,16 +85,17 @@ def prefix_bounds(
                     before = opened[i, d, k, a]
                     if before[0] == np.inf:
                         continue
-                    for j in range(i + 1, layers + 1):
-                        for b in range(layouts):
-                            time = fill[i, j, k, a, b]
-                            # A stage that is not the last is at least two deep.
-                            if before[0] + time > upper or (j < layers and max_depth[i, j, k, a, b] < 2):
-                                continue
-                            after = closed[j, end, k, b]
-                            after[0] = min(after[0], before[0] + time)
-                            after[1] = min(after[1], max(before[1], seconds[i, j, k, a, b]))
-                            after[2] = min(after[2], max(before[2], once[i, j, k, a, b]))
+                    for kind in range(k, ways * kinds, kinds):
+                        for j in range(i + 1, layers + 1):
+                            for b in range(layouts):
+                                time = fill[i, j, kind, a, b]
+                                # A stage that is not the last is at least two deep.
+                                if before[0] + time > upper or (j < layers and max_depth[i, j, kind, a, b] < 2):
+                                    continue
+                                after = closed[j, end, k, b]
+                                after[0] = min(after[0], before[0] + time)
+                                after[1] = min(after[1], max(before[1], seconds[i, j, kind, a, b]))
+                                after[2] = min(after[2], max(before[2], once[i, j, kind, a, b]))
     return closed, opened
 
 
@@ -249,7 +251,8 @@ def search_labels(
     Returns:
         Facts and totals of whole plans; and the pool of facts that ``NEXT`` points into (-1 ends a plan).
     """
-    layers, kinds, layouts = fill.shape[0], fill.shape[2], fill.shape[3]
+    layers, kinds, layouts = fill.shape[0], hops.shape[2], fill.shape[3]
+    ways = fill.shape[2] // kinds
     total = fits_at.shape[1]
     shapes = np.empty(max(keep, 1), np.int64)
     # Labels after a hop live on (the pool); labels of stages that start at the layer in hand are scratch.
@@ -271,18 +274,19 @@ def search_labels(
                     prefix = opened[i, d, k, a]
                     if not fits_at[k, d] or prefix[0] == np.inf:
                         continue
-                    for j in range(i + 1, layers + 1):
-                        ends_at = d + devices[k]
+                    ends_at = d + devices[k]
+                    for cell in range((i + 1) * ways, (layers + 1) * ways):
+                        j, kind = cell // ways, k + cell % ways * kinds
                         if j == layers and all_devices and ends_at != total:
                             continue
                         for b in range(layouts):
-                            time, step = fill[i, j, k, a, b], seconds[i, j, k, a, b]
+                            time, step = fill[i, j, kind, a, b], seconds[i, j, kind, a, b]
                             if prefix[0] + time > upper or time == np.inf:
                                 continue
                             first, last = begin[j, ends_at, k, b], stop[j, ends_at, k, b]
                             for label in range(first, last if j < layers else first + 1):
                                 deep = facts[label, STAGES] + 1 if j < layers else 1
-                                if deep > max_depth[i, j, k, a, b]:
+                                if deep > max_depth[i, j, kind, a, b]:
                                     continue
                                 if deep + (i > 0) > max_stages:
                                     continue
@@ -292,11 +296,11 @@ def search_labels(
                                 if j < layers:
                                     value[SUM] = time + values[label, SUM]
                                     value[LARGEST] = max(values[label, LARGEST], step + values[label, HOP])
-                                    value[ONCE] = max(values[label, ONCE], once[i, j, k, a, b])
+                                    value[ONCE] = max(values[label, ONCE], once[i, j, kind, a, b])
                                     fact[IDLE], fact[NEXT] = facts[label, IDLE], label
                                     shape = facts[label, SHAPE]
                                 else:
-                                    value[SUM], value[LARGEST], value[ONCE] = time, step, once[i, j, k, a, b]
+                                    value[SUM], value[LARGEST], value[ONCE] = time, step, once[i, j, kind, a, b]
                                     fact[IDLE], fact[NEXT] = total - ends_at, -1
                                     shape = 0
                                 value[HOP] = 0.0
@@ -304,8 +308,8 @@ def search_labels(
                                     continue
                                 fact[STAGES] = deep
                                 fact[DEPTH] = 0 if deep + i <= slack[i] else deep
-                                fact[SHAPE] = (shape + j * kinds + k + 1) * _SHAPE_STEP
-                                fact[LAST], fact[KIND], fact[ENTRY], fact[EXIT] = j, k, a, b
+                                fact[SHAPE] = (shape + j * kinds * ways + kind + 1) * _SHAPE_STEP
+                                fact[LAST], fact[KIND], fact[ENTRY], fact[EXIT] = j, kind, a, b
                                 new_tail = _settle(
                                     new_values, new_facts, new_bounds, start, new_tail, keep, width, shapes, facts
                                 )

@@ -31,8 +31,9 @@ class StageTable:
     static_bytes: FloatArray  # per device: parameters, gradients, optimizer state
     saved_bytes: FloatArray  # per device and live micro-batch
     transient_bytes: FloatArray  # per device, one micro-batch's at a time
-    # (L+1, 2, K, A, K, A): [layer after the cut, 1 = cut between hosts, kind and exit layout of the left stage, kind
-    # and entry layout of the right]: activation there and cotangent back, one micro-batch
+    # (L+1, 2, M, A, M, A): [layer after the cut, 1 = cut between hosts, mesh and exit layout of the left stage, mesh
+    # and entry layout of the right]: activation there and cotangent back, one micro-batch. Kind k runs on mesh k % M:
+    # kinds beyond the M-th are other ways to run a stage on the same mesh
     hop_seconds: FloatArray
     devices: IntArray  # (K,)
     memory_bytes: float  # limit per device
@@ -50,7 +51,12 @@ class StageTable:
         wanted: dict[str, tuple[int, ...]] = dict.fromkeys(
             ("once_seconds", "static_bytes", "saved_bytes", "transient_bytes"), shape
         )
-        wanted |= {"hop_seconds": (layers + 1, 2, kinds, layouts, kinds, layouts), "devices": (kinds,)}
+        meshes = self.hop_seconds.shape[2] if self.hop_seconds.ndim == 6 else kinds
+        if not meshes or kinds % meshes:
+            raise PlanError(
+                f"{kinds} kinds of stages do not run on {meshes} meshes alike; one number divides the other"
+            )
+        wanted |= {"hop_seconds": (layers + 1, 2, meshes, layouts, meshes, layouts), "devices": (kinds,)}
         for name, needed in wanted.items():
             if getattr(self, name).shape != needed:
                 raise PlanError(f"{name} has shape {getattr(self, name).shape}; beside these seconds it is {needed}")
@@ -76,6 +82,11 @@ class StageTable:
     @property
     def layers(self) -> int:
         return len(self.seconds)
+
+    @property
+    def meshes(self) -> int:
+        """Kinds of mesh; a stage of kind k runs on mesh k % meshes."""
+        return int(self.hop_seconds.shape[2])
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -175,4 +186,5 @@ def peak_bytes(table: StageTable, stages: Sequence[Stage], microbatches: int, sc
 def hop_seconds(table: StageTable, left: Stage, right: Stage) -> float:
     """What the transfer between two neighbours takes, there and back."""
     crosses = int(right.first_device % table.devices_per_host == 0)
-    return float(table.hop_seconds[right.first_layer, crosses, left.kind, left.exit, right.kind, right.entry])
+    meshes = (left.kind % table.meshes, right.kind % table.meshes)
+    return float(table.hop_seconds[right.first_layer, crosses, meshes[0], left.exit, meshes[1], right.entry])

@@ -131,7 +131,8 @@ class _Folded:
         own = self.table.seconds[cell]
         hops = np.zeros(len(own))
         if self.cross_mesh:
-            joints = (last[:-1], self.crosses, self.kind, cuts.leave[:-1], self.kind, cuts.entry[1:])
+            mesh = self.kind % self.table.meshes
+            joints = (last[:-1], self.crosses, mesh, cuts.leave[:-1], mesh, cuts.entry[1:])
             hops[:-1] = np.where(self.mesh_of[1:] == self.mesh_of[:-1], 0.0, self.table.hop_seconds[joints])
         ahead = np.concatenate([[0.0], np.cumsum(own * self._head_shares(first, last) + hops)])
         # The first stage of mesh p is stage p, in rounds and in a V alike.
@@ -196,13 +197,14 @@ class _Cuts:
 def _line(table: StageTable, kind: int, stages: int) -> StageTable:
     """One kind of mesh, with devices for that many stages and no limit of memory."""
     one = slice(kind, kind + 1)
+    mesh = slice(kind % table.meshes, kind % table.meshes + 1)
     return StageTable(
         seconds=table.seconds[:, :, one],
         once_seconds=table.once_seconds[:, :, one],
         static_bytes=table.static_bytes[:, :, one],
         saved_bytes=table.saved_bytes[:, :, one],
         transient_bytes=table.transient_bytes[:, :, one],
-        hop_seconds=table.hop_seconds[:, :, one, :, one, :],
+        hop_seconds=table.hop_seconds[:, :, mesh, :, mesh, :],
         devices=table.devices[one],
         memory_bytes=np.inf,
         devices_per_host=table.devices_per_host,
