@@ -91,7 +91,7 @@ class _Search:
                         for size in self.costs[s, kernels.INPUT, b]
                     ]
         _, _, self.ends = terms.saved_by_recomputing(profile, np.zeros(shape[3]))
-        fastest = self.costs[:, kernels.BOTH].min(axis=1)
+        fastest = np.minimum(self.costs[:, kernels.BOTH].min(axis=1), terms.FORBIDDEN_US)  # where nothing was measured
         zero = np.zeros((len(self.sizes), 1))
         self.least = np.concatenate((zero, fastest.cumsum(axis=1)), axis=1)
         self.work = np.concatenate(([0.0], (fastest * self.sizes[:, None]).min(axis=0).cumsum()))
@@ -100,6 +100,8 @@ class _Search:
         self.twin, self.alike = self._repeats()
         self.shortest = float(fastest.min(axis=0).sum())  # of all operators, were each on the devices that suit it best
         self.low = float(self.work[-1]) / gpus  # no bottleneck below it
+        messages = max(float(x.max(where=np.isfinite(x), initial=0.0)) for x in (self.enter, self.leave))
+        self.slowest = 2 * (float(self.work[-1]) + messages)  # all on one device, all of it recomputed
         self.guess = self.low
         self.closed = False
         depth, cuts = min(gpus, _MOST_STAGES), shape[3] + 1
@@ -191,7 +193,7 @@ class _Search:
         candidate = self._probe(self.guess)
         if candidate is None:
             self.low, self.guess = self.guess, self.guess * _WIDEN
-            self.closed = self.low > self.work[-1]  # slower than all on one device: what is missing is memory
+            self.closed = self.low > self.slowest  # what is missing is memory
             return None, math.inf
         self.closed = True
         found, best = candidate, terms.plan_seconds(self.profile, candidate)

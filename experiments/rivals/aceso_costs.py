@@ -237,7 +237,7 @@ def shares_its_output(op: str) -> bool:
 
 def stage_seconds(profile: Profile, first: int, stage: Stage, microbatch: int, gpus_before: int, host: int) -> float:
     """One micro-batch of a stage from operator ``first`` on, after ``gpus_before`` GPUs, ``host`` of them on a host."""
-    sizes = _sizes(profile, first, stage, microbatch)
+    sizes = _sizes(profile, stage, microbatch)
     pick = _picker(profile, first, stage, sizes)
     forward, backward, inputs = pick("fwd_us"), pick("bwd_us"), pick("input_MB")
     again = float(forward[list(stage.recomputed)].sum())
@@ -260,7 +260,7 @@ def stage_seconds(profile: Profile, first: int, stage: Stage, microbatch: int, g
 
 def stage_mb(profile: Profile, first: int, stage: Stage, microbatch: int, after: int) -> float:
     """Memory of each device of a stage with ``after`` stages behind it."""
-    pick = _picker(profile, first, stage, _sizes(profile, first, stage, microbatch))
+    pick = _picker(profile, first, stage, _sizes(profile, stage, microbatch))
     weights = float(pick("weights_MB").sum())
     held, spared, ends = saved_by_recomputing(profile, _spread(profile, first, pick("activations_MB")))
     span = slice(first, first + len(stage.width))
@@ -275,7 +275,7 @@ def stage_mb(profile: Profile, first: int, stage: Stage, microbatch: int, after:
     return float(weights * profile.state_factor + kept * (after + 1) + largest + reserve)
 
 
-def _sizes(profile: Profile, first: int, stage: Stage, microbatch: int) -> list[int]:
+def _sizes(profile: Profile, stage: Stage, microbatch: int) -> list[int]:
     """Index of the profiled size per replica of each operator."""
     return [profile.microbatch_sizes.index(microbatch // replicas) for replicas in stage.replicas]
 
@@ -294,8 +294,7 @@ def _spread(profile: Profile, first: int, values: FloatArray) -> FloatArray:
 
 def plan_seconds(profile: Profile, plan: Plan) -> float:
     """Aceso's prediction of one iteration."""
-    times, first, gpus = [], 0, 0
-    host = min(HOST_GPUS, plan.gpus)
+    times, first, gpus, host = [], 0, 0, min(HOST_GPUS, plan.gpus)
     for stage in plan.stages:
         times.append(stage_seconds(profile, first, stage, plan.microbatch, gpus, host))
         first, gpus = first + len(stage.width), gpus + stage.gpus

@@ -105,6 +105,14 @@ def test_the_search_finds_the_best_of_all_plans_of_a_small_model(limit_mb: float
     assert answer.seconds == pytest.approx(min(seconds), rel=1e-9)
 
 
+def test_one_device_takes_a_smaller_micro_batch_where_a_larger_does_not_fit() -> None:
+    """30 MB of weights nine times; two samples hold 89 MB with their input, one 46.5 MB."""
+    roomy, tight = (aceso.plan(_profile(), batch=8, gpus=1, limit_mb=limit) for limit in (359.0, 348.0))
+    assert (roomy.plan.microbatch, roomy.memory_mb) == (2, 359.0)
+    assert (tight.plan.microbatch, tight.memory_mb) == (1, 316.5)
+    assert tight.seconds > roomy.seconds
+
+
 def test_a_model_that_fits_nowhere_is_refused() -> None:
     with pytest.raises(PlanError, match=r"5 operators fit in 0\.1 GB on 2 devices"):
         aceso.plan(_profile(), batch=8, gpus=2, limit_mb=100.0)
