@@ -7,9 +7,9 @@ from meshwright.calibrate.hardware import Cluster, Link
 from meshwright.plan.graph import LayerGraph, ModelGraph
 from meshwright.plan.inter import Stage
 from meshwright.plan.planfile import Layout, PlannedStage, Transfer
-from meshwright.plan.sharding import AXIS_NAMES, Axes, spec_text
+from meshwright.plan.sharding import AXIS_NAMES, Axes, local_bytes, spec_text
 from meshwright.plan.space import Space
-from meshwright.plan.stages import MeshKind, StageCost, StagePricer, transfer_cost
+from meshwright.plan.stages import MeshKind, StageCost, StagePricer, moving_cost, transfer_cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def assemble(pricer: StagePricer, chosen: Sequence[Stage], cluster: Cluster) -> 
         stages.append(_planned(stage, kind, cost, tuple(used), axis_names))
     owner_stage = {layer: i for i, s in enumerate(chosen) for layer in range(s.first_layer, s.last_layer)}
     transfers = _transfers(pricer, chosen, costs, owner_stage, cluster)
-    ties, tied = _ties(pricer.setting.graph, pricer, chosen, owner_stage, cluster)
+    ties, tied = _ties(pricer.setting.graph, chosen, costs, owner_stage, cluster)
     return Assembly(tuple(stages), layouts, (*transfers, *ties), tied)
 
 
@@ -189,27 +189,41 @@ def _transfers(
 
 
 def _ties(
-    graph: ModelGraph, pricer: StagePricer, chosen: Sequence[Stage], owner_stage: dict[int, int], cluster: Cluster
+    graph: ModelGraph,
+    chosen: Sequence[Stage],
+    costs: Sequence[StageCost],
+    owner_stage: dict[int, int],
+    cluster: Cluster,
 ) -> tuple[list[Transfer], tuple[tuple[int, int], ...]]:
     """Parameters read by several stages: the first owns them, the others send gradients and are sent the new value."""
-    stages_of: dict[int, list[int]] = {}
+    first_use: dict[int, dict[int, int]] = {}  # leaf -> stage -> the first of its layers that reads it
     for layer, use in enumerate(graph.layers):
         for leaf in use.parameters:
-            users = stages_of.setdefault(leaf, [])
-            if owner_stage[layer] not in users:
-                users.append(owner_stage[layer])
+            first_use.setdefault(leaf, {}).setdefault(owner_stage[layer], layer)
     shared: dict[tuple[int, int], list[int]] = {}
-    for leaf, users in stages_of.items():
-        for user in users[1:]:
-            shared.setdefault((users[0], user), []).append(leaf)
+    for leaf, uses in first_use.items():
+        owner, *users = uses
+        for user in users:
+            shared.setdefault((owner, user), []).append(leaf)
     found = []
     for (owner, user), leaves in sorted(shared.items()):
-        tensors = [graph.parameters[leaf].tensor for leaf in leaves]
-        size = float(sum(t.bytes for t in tensors))
+        size = float(sum(graph.parameters[leaf].tensor.bytes for leaf in leaves))
         link = _link(cluster, chosen[owner], chosen[user])
-        meshes = [pricer.kinds[chosen[s].kind].mesh for s in (owner, user)]
         for what, source, target in (("gradient", user, owner), ("parameter", owner, user)):
-            mesh_from, mesh_to = (meshes[1], meshes[0]) if what == "gradient" else (meshes[0], meshes[1])
-            wire, latency = transfer_cost(tensors, mesh_from, mesh_to, (), link)
+            part = sum(
+                parameter_bytes(graph, first_use[leaf][target], leaf, costs[target], chosen[target]) for leaf in leaves
+            )
+            here, there = (costs[stage].tables[0].space.mesh.devices for stage in (source, target))
+            wire, latency = moving_cost(part, here, there, link)
             found.append(Transfer(source, target, what, tuple(leaves), size, wire, latency))  # type: ignore[arg-type]
     return found, tuple(sorted(shared))
+
+
+def parameter_bytes(graph: ModelGraph, layer: int, leaf: int, cost: StageCost, stage: Stage) -> float:
+    """Bytes of a parameter on one device of a stage, as one of its layers has it."""
+    place = layer - stage.first_layer
+    space, choice = cost.tables[place].space, cost.choices[place]
+    value = space.graph.parameters[graph.layers[layer].parameters.index(leaf)]
+    spec = space.spec(value, choice)
+    tensor = graph.parameters[leaf].tensor
+    return float(tensor.bytes) if spec is None else local_bytes(tensor, spec, space.mesh)

@@ -19,6 +19,7 @@ from meshwright.plan.request import Request, requested_kinds
 from meshwright.plan.schedule_rules import GRAPH, ScheduleRule
 from meshwright.plan.stage_graph import best_stage_graph
 from meshwright.plan.stages import Setting, SpaceCache, StagePricer, without_wasted_devices
+from meshwright.plan.ties import with_ties
 from meshwright.plan.virtual import virtual_stages
 
 Policy = Literal["none", "full", "mixed"]
@@ -65,7 +66,8 @@ class Priced:
         kinds = requested_kinds(request.cluster, request.fix, price * _seconds_per_byte(self.graph, request.cluster))
         setting = Setting(self.graph, self.microbatches, policy == "full", request.memory, self.slowdown)
         pricer = StagePricer(setting, kinds, request.use_ilp, self.spaces)
-        table = replace(with_shares(pricer.stage_table(request.cluster), pricer), memory_bytes=request.usable_bytes)
+        table = with_ties(pricer.stage_table(request.cluster), pricer, request.cluster)
+        table = replace(with_shares(table, pricer), memory_bytes=request.usable_bytes)
         if request.fix.equal_layers:
             table = _only_equal_layers(table, request.fix.pipeline or 1)
         return pricer, table if request.fix.meshes else without_wasted_devices(table)

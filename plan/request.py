@@ -24,7 +24,8 @@ SURE_SHARE = 0.7
 class Fix:
     """What the user gives instead of having it searched. ``stages`` lists a (data, tensor) mesh for each stage.
 
-    ``schedule`` may name its number of stages a mesh, as in ``interleaved:4``.
+    ``schedule`` may name its number of stages a mesh, as in ``interleaved:4``. ``equal_layers`` gives each of
+    ``pipeline`` stages the same number of layers, or one less.
     """
 
     microbatches: int | None = None
@@ -34,6 +35,7 @@ class Fix:
     data: int | None = None
     tensor: int | None = None
     stages: tuple[tuple[int, int], ...] | None = None
+    equal_layers: bool = False
 
     @property
     def meshes(self) -> bool:
@@ -47,6 +49,8 @@ class Fix:
                 raise PlanError(f"{name} is fixed to {value}; it is at least 1")
         if self.schedule is not None:
             find_rule(self.schedule)
+        if self.equal_layers and self.pipeline is None:
+            raise PlanError("equal_layers needs the number of stages; fix pipeline as well")
         if self.remat is not None and self.remat not in get_args(Remat):
             raise PlanError(f"remat {self.remat!r} is unknown; use {' or '.join(get_args(Remat))}")
 
@@ -56,7 +60,8 @@ class Request:
     """What to plan for.
 
     Args:
-        cross_mesh: False leaves transfers between stages out of the stage DP's objective (Alpa's own).
+        cross_mesh: False plans by Alpa's objective: without transfers between stages, on all devices, and the plan that
+            the objective likes best is not held against others.
         schedules: the schedules to search, if none is fixed; by default those that the executor runs.
         memory_margin: share of each device's memory that a plan leaves free.
         time_limit_seconds: after which the best plan so far is given; the step in hand is finished, and the search goes

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from meshwright.plan.graph import ModelGraph
 from meshwright.plan.planfile import Plan, public_json, save_plan, seconds_text, table
 from meshwright.plan.request import MEMORY_MARGIN
 from meshwright.plan.schedule_rules import ALL_SCHEDULES, RUNNABLE, find_rule
-from meshwright.plan.search import Fix, Request, search
+from meshwright.plan.search import Fix, Graphs, Request, search
 
 _COUNTS = ("microbatches", "microbatch-size", "pipeline", "data", "tensor")
 _NOT_YET = ("sequence-parallel", "zero", "expert", "context")
@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time-limit", type=float, metavar="SECONDS", help="give the best plan found when this time is over"
     )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="also plan as others do (data parallelism alone, Megatron-LM's grid, Alpa's objective ...), judged alike",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
@@ -81,12 +86,26 @@ def run(args: argparse.Namespace) -> int:
     )
     with progress_display("plan") as progress:
         plan = search(graphs, request, lambda done, total, text: progress(done / total, text))
+        if args.compare:
+            plan = compared(plan, graphs, request, progress)
     if args.out:
         save_plan(plan, args.out)
         if plan.fallback is not None:
             save_plan(plan.fallback, fallback_path(args.out))
-    print(json.dumps(public_json(plan), allow_nan=False) if args.json else report(plan, args.out))
+    print(
+        json.dumps(public_json(plan), allow_nan=False)
+        if args.json
+        else report(plan, args.out, 12 if args.compare else 5)
+    )
     return 0
+
+
+def compared(plan: Plan, graphs: Graphs, request: Request, progress: Callable[[float, str], None]) -> Plan:
+    """The plan with the baselines among its rivals."""
+    from meshwright.plan.baselines import BASELINES, compare
+
+    progress(1.0, f"baselines, {len(BASELINES)} of them")
+    return compare(graphs, request, plan, BASELINES)
 
 
 def fallback_path(out: str) -> Path:
@@ -156,12 +175,12 @@ def _mesh(part: str) -> tuple[int, int]:
     return int(data), int(tensor)
 
 
-def report(plan: Plan, out: str | None) -> str:
-    """The plan and its runners-up for people."""
+def report(plan: Plan, out: str | None, shown: int = 5) -> str:
+    """The plan and its first rivals for people."""
     lines = [table(plan), "", f"searched {plan.search['candidates']:.0f} candidates in {plan.search['seconds']:.1f} s"]
     if plan.rivals:
         lines += ["runners-up:"]
-        lines += [f"  {seconds_text(r.iteration_seconds):>8}  {r.name}: {r.why_not}" for r in plan.rivals[:5]]
+        lines += [f"  {seconds_text(r.iteration_seconds):>8}  {r.name}: {r.why_not}" for r in plan.rivals[:shown]]
     if out:
         if find_rule(plan.schedule).runnable:
             lines += [f"wrote {out}; run it with: meshwright execute {out}"]
