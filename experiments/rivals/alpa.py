@@ -10,10 +10,10 @@ time, so memory is not limited.
 import ast
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from msgspec.structs import replace
+import msgspec
 
 from meshwright.calibrate.hardware import Cluster, parse_cluster
 from meshwright.plan.search import Fix, Request, search
@@ -32,16 +32,16 @@ class Run:
     layers: int
     batch: int
     microbatches: int
-    clusters: int  # into which Alpa grouped the layers
     meshes: tuple[tuple[int, int], ...]  # (data, tensor) of each stage
     alpa_seconds: float
     measured_seconds: float
 
 
 def read_runs(path: Path, gpus: int) -> list[Run]:
-    """The logged searches on so many GPUs."""
+    """The logged searches on so many GPUs; where layers were clustered in two ways, the first."""
     with path.open() as file:
         rows = [row for row in csv.DictReader(file) if int(row["gpus"]) == gpus]
+    first = {int(row["num_micro_batches"]): row for row in reversed(rows)}
     return [
         Run(
             gpus,
@@ -49,12 +49,11 @@ def read_runs(path: Path, gpus: int) -> list[Run]:
             int(row["layers"]),
             int(row["global_batch"]),
             int(row["num_micro_batches"]),
-            int(row["num_auto_layers"]),
             tuple((int(data), int(tensor)) for data, tensor in ast.literal_eval(row["logical_meshes"])),
             float(row["predicted_iter_s"]),
             float(row["measured_iter_s"]),
         )
-        for row in rows
+        for _, row in sorted(first.items())
     ]
 
 
@@ -65,22 +64,28 @@ def our_seconds(run: Run) -> float:
 
     name = f"gpt:layers={run.layers},hidden={run.hidden},heads={_HEADS},seq={_SEQUENCE},vocab={_VOCABULARY},dtype=f16"
     model = get_model(name)
-    fix = Fix(microbatches=run.microbatches, schedule="1f1b", remat="full", stages=run.meshes)
-    request = Request(_cluster(run.gpus), run.batch, fix)
+    request = Request(_cluster(run.gpus), run.batch, _fixed(run))
     plan = search(lambda microbatches: trace(model, run.batch, microbatches).graph, request)
     return float(plan.predicted.iteration_seconds)
+
+
+def _fixed(run: Run) -> Fix:
+    """Alpa's choices; equal meshes as a number of them, which the search handles as one kind."""
+    fix = Fix(microbatches=run.microbatches, schedule="1f1b", remat="full")
+    data, tensor = run.meshes[0]
+    if len(set(run.meshes)) == 1:
+        return replace(fix, pipeline=len(run.meshes), data=data, tensor=tensor)
+    return replace(fix, stages=run.meshes)
 
 
 def _cluster(gpus: int) -> Cluster:
     """Hosts of V100-32GB whose memory is no matter."""
     cluster = parse_cluster(f"v100-32gb:{-(-gpus // _HOST_GPUS)}")
-    hosts = tuple(
-        replace(
-            host, device=replace(host.device, memory_bytes=replace(host.device.memory_bytes, value=_UNLIMITED_BYTES))
-        )
-        for host in cluster.hosts
-    )
-    return replace(cluster, hosts=hosts)
+    hosts = []
+    for host in cluster.hosts:
+        memory = msgspec.structs.replace(host.device.memory_bytes, value=_UNLIMITED_BYTES)
+        hosts.append(msgspec.structs.replace(host, device=msgspec.structs.replace(host.device, memory_bytes=memory)))
+    return msgspec.structs.replace(cluster, hosts=tuple(hosts))
 
 
 def order(runs: Sequence[Run], seconds: Sequence[float]) -> list[int]:
