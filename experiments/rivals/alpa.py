@@ -64,16 +64,17 @@ def our_seconds(run: Run) -> float:
 
     name = f"gpt:layers={run.layers},hidden={run.hidden},heads={_HEADS},seq={_SEQUENCE},vocab={_VOCABULARY},dtype=f16"
     model = get_model(name)
-    request = Request(_cluster(run.gpus), run.batch, _fixed(run))
+    cluster = _cluster(run.gpus)
+    request = Request(cluster, run.batch, _fixed(run, cluster.devices))
     plan = search(lambda microbatches: trace(model, run.batch, microbatches).graph, request)
     return float(plan.predicted.iteration_seconds)
 
 
-def _fixed(run: Run) -> Fix:
-    """Alpa's choices; equal meshes as a number of them, which the search handles as one kind."""
+def _fixed(run: Run, devices: int) -> Fix:
+    """Alpa's choices; equal meshes that fill the cluster as a number of them, which the search handles as one kind."""
     fix = Fix(microbatches=run.microbatches, schedule="1f1b", remat="full")
     data, tensor = run.meshes[0]
-    if len(set(run.meshes)) == 1:
+    if len(set(run.meshes)) == 1 and len(run.meshes) * data * tensor == devices:
         return replace(fix, pipeline=len(run.meshes), data=data, tensor=tensor)
     return replace(fix, stages=run.meshes)
 
