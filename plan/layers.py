@@ -15,6 +15,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Span = tuple[int, int]  # first operator, last operator (exclusive)
 
+MARKER = "mark_layer"  # the primitive by which a model ends a layer itself
 _DEFAULT_LAYERS = 8  # where nothing repeats
 _DOMINANT_SHARE = 0.25  # a repetition with a smaller share of the FLOPs is an accident, not the model's plan
 _SMALL_SHARE = 0.25  # an end piece below this share of a block's FLOPs joins the block beside it
@@ -88,16 +89,28 @@ def default_cuts(flops: FloatArray, cut_bytes: FloatArray, signatures: Sequence[
     FLOPs of a layer beside it joins that layer, across the cut that more bytes cross, if at least two of its equals
     remain. Where nothing repeats, ``cluster_layers`` makes eight layers, or as many as there are operators with FLOPs.
 
+    A model that marks where its layers end (``meshwright.plan.trace.markers``) is cut there and nowhere else.
+
     Args:
         flops: (n,) of each operator, 0 for those not worth counting.
         cut_bytes: (n+1,) bytes that cross a cut before operator c.
-        signatures: (n,) equal for operators that do the same to the same shapes.
+        signatures: (n,) equal for operators that do the same to the same shapes; tuples start with the operator's name.
     """
     _check(flops, cut_bytes)
     if len(signatures) != len(flops):
         raise PlanError(f"{len(flops)} operators have {len(signatures)} signatures; one each is needed")
+    marks = [isinstance(s, tuple) and s[:1] == (MARKER,) for s in signatures]
+    if any(marks):
+        return _between_marks(marks)
     pieces = _cuts(flops, cut_bytes, _numbered(signatures), 0, len(flops), None)
     return [(piece.start, piece.stop) for piece in _without_crumbs(flops, cut_bytes, pieces)]
+
+
+def _between_marks(marks: Sequence[bool]) -> list[Span]:
+    """Spans that end with a mark; marks that follow one another (of one layer's several results) end one layer."""
+    last = len(marks) - 1
+    ends = [i + 1 for i, mark in enumerate(marks) if i < last and mark and not marks[i + 1]]
+    return list(pairwise((0, *ends, len(marks))))
 
 
 @dataclass(frozen=True, slots=True)

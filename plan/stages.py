@@ -85,10 +85,14 @@ Place = tuple[int, tuple[int, ...], tuple[str, ...]]  # layer class, mesh sizes,
 
 @dataclass(slots=True)
 class SpaceCache:
-    """What pricers of one graph share: strategy spaces, which know no remat and no price, and tables of layers."""
+    """What pricers of one graph on one cluster share.
+
+    Strategy spaces and hops know no remat and no price; tables of layers are kept for each set of weights.
+    """
 
     spaces: dict[Place, Space] = field(default_factory=dict)
     tables: dict[tuple[Place, Weights, bool], LayerTable] = field(default_factory=dict)  # True: by the ILP
+    hops: dict[tuple[object, ...], FloatArray] = field(default_factory=dict)  # by meshes, and what crosses
 
 
 @dataclass
@@ -241,10 +245,10 @@ class StagePricer:
         kinds, count = self.kinds, len(self.setting.graph.layers)
         hops = np.zeros((count + 1, 2, len(kinds), width, len(kinds), width))
         inside = cluster.hosts[0].link
-        known: dict[tuple[tuple[Tensor, ...], tuple[Tensor, ...]], FloatArray] = {}
+        known, places = self.spaces.hops, tuple((kind.mesh.sizes, kind.roles) for kind in kinds)
         for cut in range(1, count):
             forward, backward = self.crossing(cut)
-            key = (tuple(forward), tuple(backward))
+            key = (places, tuple(forward), tuple(backward))
             if key not in known:
                 block = np.zeros(hops.shape[1:])
                 for m, left in enumerate(kinds):

@@ -10,7 +10,8 @@ from meshwright.plan.rules.base import Factors, replicated
 ELEMENTWISE = (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj convert_element_type "
     "copy copy_p copysign cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow "
-    "is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not optimization_barrier or pow real "
+    "is_finite le lgamma log log1p logistic lt mark_layer max min mul name ne neg nextafter not optimization_barrier "
+    "or pow real "
     "reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh "
     "sqrt square stop_gradient sub tan tanh xor"
 ).split()
