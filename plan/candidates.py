@@ -14,7 +14,7 @@ from meshwright.plan.graph_hops import GraphHops
 from meshwright.plan.inter import Stage, StagePlan, StageTable, best_stages, peak_bytes, surrogate_seconds
 from meshwright.plan.judge import compute_dtype
 from meshwright.plan.planfile import bytes_text
-from meshwright.plan.policies import BothPolicies, joined, with_shares
+from meshwright.plan.policies import ManyWays, joined, with_shares
 from meshwright.plan.request import Request, requested_kinds
 from meshwright.plan.schedule_rules import GRAPH, ScheduleRule
 from meshwright.plan.stage_graph import best_stage_graph
@@ -22,7 +22,8 @@ from meshwright.plan.stages import Setting, SpaceCache, StagePricer, without_was
 from meshwright.plan.ties import with_ties
 from meshwright.plan.virtual import virtual_stages
 
-Policy = Literal["none", "full", "mixed"]
+Policy = Literal["none", "full"]
+Way = tuple[Policy, float]  # a policy of rematerialisation, and a price of memory
 
 _ROUNDING = 1e-6  # relative, of a bound that may be reached
 MEMORY_PRICES = (0.0, 0.3, 3.0)  # of the seconds of a step, for filling a device's memory once
@@ -36,7 +37,7 @@ class Priced:
     microbatches: int
     request: Request
     spaces: SpaceCache = field(default_factory=SpaceCache)
-    known: dict[tuple[Policy, float], tuple[StagePricer, StageTable]] = field(default_factory=dict)
+    known: dict[Way, tuple[StagePricer, StageTable]] = field(default_factory=dict)
 
     @property
     def slowdown(self) -> float:
@@ -54,12 +55,18 @@ class Priced:
         """ILPs solved so far."""
         return sum(pricer.ilp_solves for pricer, _ in self.known.values())
 
-    def at(self, policy: Policy, price: float) -> tuple[StagePricer, StageTable]:
-        """The stages under a policy, at a price of memory in seconds of a step for filling a device once."""
-        key = (policy, price)
-        if key not in self.known:
-            self.known[key] = self._both(price) if policy == "mixed" else self._one(policy, price)
-        return self.known[key]
+    def at(self, *ways: Way) -> tuple[StagePricer, StageTable]:
+        """The stages under a policy, at a price of memory in seconds of a step for filling a device once.
+
+        Of several such ways the stage DP may choose, stage by stage.
+        """
+        for way in ways:
+            if way not in self.known:
+                self.known[way] = self._one(*way)
+        if len(ways) == 1:
+            return self.known[ways[0]]
+        pricers, tables = zip(*(self.known[way] for way in ways), strict=True)
+        return ManyWays.of(*pricers), joined(tables, self.microbatches)
 
     def _one(self, policy: Policy, price: float) -> tuple[StagePricer, StageTable]:
         request = self.request
@@ -71,10 +78,6 @@ class Priced:
         if request.fix.equal_layers:
             table = _only_equal_layers(table, request.fix.pipeline or 1)
         return pricer, table if request.fix.meshes else without_wasted_devices(table)
-
-    def _both(self, price: float) -> tuple[StagePricer, StageTable]:
-        (keeping, kept), (recomputing, again) = self.at("none", price), self.at("full", price)
-        return BothPolicies.of(keeping, recomputing), joined(kept, again, self.microbatches)
 
 
 def stage_plans(
@@ -134,28 +137,28 @@ def _graph_plans(pricer: StagePricer, table: StageTable, request: Request, micro
 def _given_stages(table: StageTable, stages: int, microbatches: int, rule: ScheduleRule) -> StagePlan:
     """The best cut for a given row of meshes: kind s is stage s. Few stages, few cuts: all are tried.
 
-    With both policies in the table, kinds s and s + ``stages`` are stage s without and with rematerialisation: it
-    recomputes if it does not fit without.
+    With several ways in the table, kinds s, s + ``stages``, s + 2 ``stages`` ... are stage s: the quickest that fits.
     """
     layers, width = table.layers, table.seconds.shape[3]
     if stages > layers:
         raise PlanError(f"{stages} stages were asked of a model of {layers} layers; use at most {layers}")
     best: StagePlan | None = None
-    policies = range(len(table.devices) // stages)
+    ways = len(table.devices) // stages
     for inner in combinations(range(1, layers), stages - 1):
         cuts = (0, *inner, layers)
         chosen = []
         device = 0
         for s in range(stages):
-            for policy in policies:
-                kind = s + policy * stages
+            live = rule.live(stages - s, stages, microbatches)
+            options = []
+            for kind in range(s, ways * stages, stages):
                 block = table.seconds[cuts[s], cuts[s + 1], kind]
                 entry, leave = np.unravel_index(int(block.argmin()), (width, width))
                 stage = Stage(cuts[s], cuts[s + 1], kind, int(entry), int(leave), device)
-                live = rule.live(stages - s, stages, microbatches)
                 held = table.static_bytes[stage.cell] + live * table.saved_bytes[stage.cell]
-                if held + table.transient_bytes[stage.cell] <= table.memory_bytes:
-                    break
+                fits = held + table.transient_bytes[stage.cell] <= table.memory_bytes
+                options.append((not fits, float(block.min()), stage))
+            *_, stage = min(options)
             chosen.append(stage)
             device += int(table.devices[s])
         if not all(np.isfinite(table.seconds[stage.cell]) for stage in chosen):

@@ -1,4 +1,9 @@
-"""Rematerialisation stage by stage: the stage DP chooses between two tables, its policy one more label of a kind."""
+"""Ways to run a stage on the same mesh, recomputing or not and at several prices of memory: the stage DP chooses.
+
+Each way has a table of its own, in which a layer's sharding is the best at one price of a byte. Joined, they are one
+table whose kinds run over the ways: a stage's way is one more label of it, so that one stage may recompute, another
+keep its activations in a leaner sharding, and a third be as quick as can be.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,40 +13,43 @@ import numpy as np
 from meshwright.calibrate.hardware import Cluster
 from meshwright.plan.backward_split import flop_shares
 from meshwright.plan.inter import StageTable
-from meshwright.plan.stage_labels import FloatArray
+from meshwright.plan.stage_labels import BoolArray, FloatArray
 from meshwright.plan.stages import StageCost, StagePricer
+
+_COSTS = ("seconds", "once_seconds", "static_bytes", "saved_bytes", "transient_bytes")
 
 
 @dataclass
-class BothPolicies(StagePricer):
-    """Prices stages of two pricers that differ in their rematerialisation: kinds 0..K-1 keep, K..2K-1 recompute."""
+class ManyWays(StagePricer):
+    """Prices stages of several pricers for the same meshes: of K meshes, way w of mesh k is kind wK + k."""
 
-    policies: tuple[StagePricer, ...] = ()
+    ways: tuple[StagePricer, ...] = ()
 
     @staticmethod
-    def of(keeping: StagePricer, recomputing: StagePricer) -> "BothPolicies":
-        """Both, on the same kinds of mesh."""
-        kinds = (*keeping.kinds, *recomputing.kinds)
-        return BothPolicies(keeping.setting, kinds, keeping.use_ilp, keeping.spaces, policies=(keeping, recomputing))
+    def of(*ways: StagePricer) -> "ManyWays":
+        """All of them, in this order."""
+        first = ways[0]
+        kinds = tuple(kind for way in ways for kind in way.kinds)
+        return ManyWays(first.setting, kinds, first.use_ilp, first.spaces, ways=ways)
 
     def cost(self, first: int, last: int, kind: int, entry: int, leave: int) -> StageCost:
         """One stage in full."""
-        policy, of_policy = divmod(kind, len(self.policies[0].kinds))
-        return self.policies[policy].cost(first, last, of_policy, entry, leave)
+        way, mesh = divmod(kind, len(self.ways[0].kinds))
+        return self.ways[way].cost(first, last, mesh, entry, leave)
 
     def stage_table(self, cluster: Cluster, max_layers: Sequence[int] | None = None) -> StageTable:
-        """The input of the stage DP: all (i, j) on all kinds, under both policies."""
-        keeping, recomputing = (with_shares(p.stage_table(cluster, max_layers), p) for p in self.policies)
-        return joined(keeping, recomputing, self.setting.microbatches)
+        """The input of the stage DP: all (i, j) on all meshes in all ways."""
+        tables = [with_shares(way.stage_table(cluster, max_layers), way) for way in self.ways]
+        return joined(tables, self.setting.microbatches)
 
     def recomputes(self, kind: int) -> bool:
         """Whether a stage of this kind recomputes its forward."""
-        return kind >= len(self.policies[0].kinds)
+        return self.ways[kind // len(self.ways[0].kinds)].setting.remat
 
 
 def recomputes(pricer: StagePricer, kind: int) -> bool:
     """Whether a stage of this kind recomputes its forward."""
-    return pricer.recomputes(kind) if isinstance(pricer, BothPolicies) else pricer.setting.remat
+    return pricer.recomputes(kind) if isinstance(pricer, ManyWays) else pricer.setting.remat
 
 
 def with_shares(table: StageTable, pricer: StagePricer) -> StageTable:
@@ -55,26 +63,43 @@ def with_shares(table: StageTable, pricer: StagePricer) -> StageTable:
     )
 
 
-def joined(keeping: StageTable, recomputing: StageTable, microbatches: int) -> StageTable:
-    """Both tables as one, the recomputing kinds last.
+def joined(tables: Sequence[StageTable], microbatches: int) -> StageTable:
+    """The tables of several ways as one. Where another way is no worse in anything that matters, a way is left out."""
+    first = tables[0]
 
-    A recomputing stage only saves memory, so it is left out where the same stage fits with all micro-batches live.
-    """
-    held = keeping.static_bytes + microbatches * keeping.saved_bytes + keeping.transient_bytes
-    idle = np.isfinite(keeping.seconds) & (held <= keeping.memory_bytes)
-    seconds = np.concatenate([keeping.seconds, np.where(idle, np.inf, recomputing.seconds)], axis=2)
+    def all_of(name: str) -> FloatArray:
+        return np.concatenate([getattr(table, name) for table in tables], axis=2)
 
-    def both(name: str) -> FloatArray:
-        return np.concatenate([getattr(keeping, name), getattr(recomputing, name)], axis=2)
-
+    kept = [table.seconds.copy() for table in tables]
+    for mine, seconds in enumerate(kept):
+        for other, table in enumerate(tables):
+            if other != mine:
+                seconds[_no_worse(table, tables[mine], microbatches, first=other < mine)] = np.inf
     return replace(
-        keeping,
-        seconds=seconds,
-        once_seconds=both("once_seconds"),
-        static_bytes=both("static_bytes"),
-        saved_bytes=both("saved_bytes"),
-        transient_bytes=both("transient_bytes"),
-        forward_share=both("forward_share"),
-        weight_share=both("weight_share"),
-        devices=np.tile(keeping.devices, 2),
+        first,
+        seconds=np.concatenate(kept, axis=2),
+        once_seconds=all_of("once_seconds"),
+        static_bytes=all_of("static_bytes"),
+        saved_bytes=all_of("saved_bytes"),
+        transient_bytes=all_of("transient_bytes"),
+        forward_share=all_of("forward_share"),
+        weight_share=all_of("weight_share"),
+        devices=np.tile(first.devices, len(tables)),
     )
+
+
+def _no_worse(one: StageTable, other: StageTable, microbatches: int, *, first: bool) -> BoolArray:
+    """Where a way costs no more than another in time, and in memory or fits with all micro-batches live.
+
+    Of two that are alike in all of that the first stays.
+    """
+    fits = one.static_bytes + microbatches * one.saved_bytes + one.transient_bytes <= one.memory_bytes
+    time = (one.seconds <= other.seconds) & (one.once_seconds <= other.once_seconds) & np.isfinite(one.seconds)
+    memory = np.logical_and.reduce([getattr(one, name) <= getattr(other, name) for name in _COSTS[2:]])
+    no_worse = time & (fits | memory)
+    if first:
+        return np.asarray(no_worse)
+    fits_too = other.static_bytes + microbatches * other.saved_bytes + other.transient_bytes <= other.memory_bytes
+    alike = np.logical_and.reduce([getattr(one, name) == getattr(other, name) for name in _COSTS[:2]])
+    same_bytes = np.logical_and.reduce([getattr(one, name) == getattr(other, name) for name in _COSTS[2:]])
+    return np.asarray(no_worse & ~(alike & ((fits & fits_too) | same_bytes)))

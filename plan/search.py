@@ -6,11 +6,12 @@ No JAX here: the caller passes a function that gives the traced graph for a numb
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from meshwright.errors import ModelError, PlanError
 from meshwright.plan.answer import plan_of
 from meshwright.plan.bounds import least_seconds
-from meshwright.plan.candidates import MEMORY_PRICES, Policy, Priced, memory_is_no_matter, stage_plans
+from meshwright.plan.candidates import MEMORY_PRICES, Priced, Way, memory_is_no_matter, stage_plans
 from meshwright.plan.graph import ModelGraph
 from meshwright.plan.judge import Candidate, Judged, judge_candidate, winner_of, within
 from meshwright.plan.planfile import Plan, bytes_text
@@ -162,8 +163,7 @@ class _Search:
     def _least_is_too_much(self, priced: Priced) -> bool:
         """Whether even a step without a bubble, a transfer or a limit of memory is slower than the best so far."""
         start = time.perf_counter()
-        policy: Policy = self.request.fix.remat or "none"
-        _, table = priced.at(policy, 0.0)
+        _, table = priced.at(*self.ways[0])
         least = least_seconds(table, priced.microbatches) / priced.slowdown
         self.clock.intra += time.perf_counter() - start
         self.bounds[priced.microbatches] = least
@@ -171,18 +171,17 @@ class _Search:
         return best is not None and least > best.seconds
 
     def _candidates(self, priced: Priced) -> Iterator[Candidate]:
-        """The stage DP's best for each schedule; stages may recompute, and bytes cost, only where memory is short.
+        """The stage DP's best for each schedule; where memory is short, each stage may be run in any way.
 
-        Which price is best cannot be told beforehand: strategies that keep fewer bytes may be slower, and yet allow
-        larger stages, or some to recompute nothing. A schedule that does not fit where another does is given up.
+        A schedule that does not fit where another does is given up.
         """
         request, count = priced.request, priced.microbatches
         unsolved = [rule for rule in self.rules if rule is not GRAPH or priced.branches]
-        for policy, price in self._steps():
+        for ways in self.ways:
             if not unsolved:
                 return
             start = time.perf_counter()
-            pricer, table = priced.at(policy, price)
+            pricer, table = priced.at(*ways)
             self.clock.intra += time.perf_counter() - start
             failed: set[ScheduleRule] = set()
             found = False
@@ -193,7 +192,8 @@ class _Search:
                 start = time.perf_counter()
                 try:
                     plans = stage_plans(pricer, table, request, count, rule, self.finalists)
-                    enough = price == 0.0 and memory_is_no_matter(pricer, table, plans[0], request, count, rule)
+                    free = all(price == 0.0 for _, price in ways)
+                    enough = free and memory_is_no_matter(pricer, table, plans[0], request, count, rule)
                 except PlanError as error:
                     self.reasons.append(str(error))
                     failed.add(rule)
@@ -208,11 +208,17 @@ class _Search:
             if found:
                 unsolved = [rule for rule in unsolved if rule not in failed]
 
-    def _steps(self) -> tuple[tuple[Policy, float], ...]:
-        """Policies and prices of memory, of which the first few suffice where memory is no matter."""
-        if self.request.fix.remat is not None:
-            return tuple((self.request.fix.remat, price) for price in MEMORY_PRICES)
-        return (("none", 0.0), *(("mixed", price) for price in MEMORY_PRICES))
+    @cached_property
+    def ways(self) -> tuple[tuple[Way, ...], ...]:
+        """The ways to run a stage among which the stage DP chooses: first the quickest, then by price of memory.
+
+        Which price is best cannot be told beforehand: strategies that keep fewer bytes may be slower, and yet allow
+        larger stages, or some to recompute nothing.
+        """
+        remat = self.request.fix.remat
+        if remat is not None:
+            return tuple(((remat, price),) for price in MEMORY_PRICES)
+        return ((("none", 0.0),), *((("none", price), ("full", price)) for price in MEMORY_PRICES))
 
     def _judge(self, candidate: Candidate, request: Request) -> Judged:
         start = time.perf_counter()
@@ -244,19 +250,18 @@ class _Search:
         return leanest if saved > _CLEARLY_LEANER * request.device_bytes else None
 
     def _lean(self, winner: Judged, request: Request) -> Iterator[Candidate]:
-        """Candidates beside the winner within the memory of a request, the leanest strategies first."""
+        """Candidates beside the winner within the memory of a request."""
         rule, count = winner.candidate.rule, winner.candidate.microbatches
         priced = Priced(winner.candidate.graph, count, request, winner.candidate.pricer.spaces)
-        for price in reversed(MEMORY_PRICES):
-            start = time.perf_counter()
-            try:
-                pricer, table = priced.at(request.fix.remat or "mixed", price)
-                plans = stage_plans(pricer, table, request, count, rule, 1)
-            except PlanError:
-                return  # what does not fit at this price of memory fits even less at a lower one
-            finally:
-                self.clock.intra += time.perf_counter() - start
-            yield from (Candidate(rule, pricer, plan) for plan in plans)
+        start = time.perf_counter()
+        try:
+            pricer, table = priced.at(*self.ways[-1])  # the leanest
+            plans = stage_plans(pricer, table, request, count, rule, 1)
+        except PlanError:
+            return
+        finally:
+            self.clock.intra += time.perf_counter() - start
+        yield from (Candidate(rule, pricer, plan) for plan in plans)
 
     def _time_is_over(self) -> bool:
         limit = self.request.time_limit_seconds

@@ -38,7 +38,7 @@ def test_no_plan_is_simulated_to_be_faster(microbatches: int) -> None:
     """On devices that do not share cores, whatever the schedule."""
     cluster = parse_cluster("dgx-h100:1")
     request = Request(cluster, BATCH, Fix(microbatches=microbatches, pipeline=2), schedules=("1f1b", "gpipe", "zb-h1"))
-    _, table = Priced(graph_of(microbatches), microbatches, request).at("none", 0.0)
+    _, table = Priced(graph_of(microbatches), microbatches, request).at(("none", 0.0))
     least = least_seconds(table, microbatches)
     plan = search(graph_of, request)
     assert least <= plan.predicted.iteration_seconds

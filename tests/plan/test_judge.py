@@ -26,7 +26,7 @@ from tests.plan.planned import BATCH, cpus, graph_of
 def judged(stages: int, schedule: str = "1f1b") -> Judged:
     """The tiny GPT on four ranks, in equal stages."""
     request = Request(cpus(), BATCH, Fix(pipeline=stages))
-    pricer, table = Priced(graph_of(4), 4, request).at("none", 0.0)
+    pricer, table = Priced(graph_of(4), 4, request).at(("none", 0.0))
     rule = find_rule(schedule)
     return judge_candidate(Candidate(rule, pricer, stage_plans(pricer, table, request, 4, rule, 1)[0]), request)
 

@@ -10,7 +10,7 @@ import pytest
 from meshwright.calibrate.quantity import Quantity
 from meshwright.plan.inter import best_stages, peak_bytes, surrogate_seconds
 from meshwright.plan.planfile import Plan
-from meshwright.plan.policies import BothPolicies, joined, recomputes
+from meshwright.plan.policies import ManyWays, joined, recomputes
 from meshwright.plan.search import Fix, Request, search
 from meshwright.plan.space import Memory
 from meshwright.plan.stages import Setting, StagePricer, mesh_kinds
@@ -26,7 +26,7 @@ def test_the_joined_table_gives_the_best_policy_of_every_stage(microbatches: int
     for seed in range(8):
         keeping = with_thirds(random_table(np.random.default_rng(seed), 3, [1, 2], memory_bytes=4.5e9))
         again = replace(keeping, seconds=keeping.seconds * 4 / 3, saved_bytes=keeping.saved_bytes / 2)
-        both = joined(keeping, again, microbatches)
+        both = joined([keeping, again], microbatches)
         best = np.inf
         for chain in every_chain(keeping):
             for kinds in product((0, 1), repeat=len(chain)):
@@ -49,7 +49,7 @@ def test_both_policies_price_as_each_of_them_does() -> None:
     cluster, graph = cpus(), graph_of(4)
     kinds = mesh_kinds(cluster)
     pricers = [StagePricer(Setting(graph, 4, remat, Memory()), kinds) for remat in (False, True)]
-    both = BothPolicies.of(*pricers)
+    both = ManyWays.of(*pricers)
     count = len(kinds)
     for kind in range(2 * count):
         assert both.cost(0, 3, kind, 0, 0) == pricers[kind // count].cost(0, 3, kind % count, 0, 0)
