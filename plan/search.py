@@ -177,6 +177,8 @@ class _Search:
         """
         request, count = priced.request, priced.microbatches
         unsolved = [rule for rule in self.rules if rule is not GRAPH or priced.branches]
+        if not unsolved:
+            self.reasons.append(f"no layers of {priced.graph.name} may run side by side; use 1f1b for {GRAPH.name}")
         for ways in self.ways:
             if not unsolved:
                 return

@@ -107,6 +107,7 @@ def test_a_plan_can_be_simulated_drawn_and_traced(
         ),
         (["gpt-175b", "--cluster", "p3.16xlarge:1", "--batch", "1024"], "use more than 174 such devices"),
         ([TINY, "--cluster", "cpu:2", "--batch", "4", "--schedules", "1f1b,zigzag"], "'zigzag' cannot be planned"),
+        ([TINY, "--cluster", "cpu:2", "--batch", "4", "--fix", "schedule=graph-1f1b"], "use 1f1b for graph-1f1b"),
         ([TINY, "--cluster", "cpu:2", "--batch", "4", "--schedules", ","], "no schedule is left"),
         ([TINY, "--cluster", "cpu:2", "--batch", "4", "--memory-margin", "1.5"], "1.5 is no share"),
         ([TINY, "--cluster", "cpu:2", "--batch", "4", "--time-limit", "0"], "give more than 0"),
