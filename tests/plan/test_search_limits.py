@@ -144,4 +144,4 @@ def test_a_plan_of_every_schedule_is_simulated_again_from_its_file(schedule: str
 
 def test_stages_a_mesh_that_layers_do_not_suffice_for_are_refused_with_a_reason() -> None:
     with pytest.raises(PlanError, match="interleaved:4 finds no stages: no number of equal meshes has 4 of 4 layers"):
-        search(graph_of, Request(cpus(), BATCH, Fix(schedule="interleaved:4")))
+        search(graph_of, Request(cpus(), BATCH, Fix(schedule="interleaved:4", microbatches=8, remat="none")))
