@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from meshwright.plan.planfile import save_plan as save_plan
     from meshwright.plan.predict import predict as predict
     from meshwright.plan.search import Fix as Fix
+    from meshwright.plan.trace.markers import mark_layer as mark_layer
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "save_plan": "meshwright.plan.planfile",
     "predict": "meshwright.plan.predict",
     "Fix": "meshwright.plan.search",
+    "mark_layer": "meshwright.plan.trace.markers",
 }
 
 

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from meshwright.calibrate.hardware import Cluster
 from meshwright.errors import PlanError
+from meshwright.plan.cache import LayerCache
 from meshwright.plan.schedule_rules import RUNNABLE, find_rule
 from meshwright.plan.space import Memory
 from meshwright.plan.stages import MeshKind, logical_mesh, mesh_kinds
@@ -66,6 +67,7 @@ class Request:
         memory_margin: share of each device's memory that a plan leaves free.
         time_limit_seconds: after which the best plan so far is given; the step in hand is finished, and the search goes
             on until it has one plan that fits.
+        cache: where layers solved by earlier searches are kept; by default nowhere.
     """
 
     cluster: Cluster
@@ -77,6 +79,7 @@ class Request:
     schedules: tuple[str, ...] = RUNNABLE
     memory_margin: float = MEMORY_MARGIN
     time_limit_seconds: float | None = None
+    cache: LayerCache | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory_margin < 1:

@@ -12,9 +12,10 @@ from meshwright.errors import PlanError
 from meshwright.plan import stages
 from meshwright.plan.cache import CACHE_VARIABLE, LayerCache, LayerFigures, layer_cache
 from meshwright.plan.inter import StageTable
+from meshwright.plan.search import Fix, Request, search
 from meshwright.plan.space import Memory
 from meshwright.plan.stages import Setting, StagePricer, mesh_kinds
-from tests.plan.planned import cpus, graph_of
+from tests.plan.planned import BATCH, cpus, graph_of
 
 
 def table(cache: LayerCache | None, memory: Memory | None = None, microbatches: int = 4) -> StageTable:
@@ -59,6 +60,17 @@ def test_strategies_of_a_stage_from_the_cache_are_those_found_without(tmp_path: 
     costs = [pricer.cost(0, 3, len(pricer.kinds) - 1, 0, 0) for pricer in pricers]
     assert costs[0].choices == costs[1].choices
     assert costs[0].static_bytes == costs[1].static_bytes
+
+
+def test_a_request_may_bring_a_cache_and_the_plan_is_the_same(tmp_path: Path, solves: list[int]) -> None:
+    request = Request(cpus(), BATCH, Fix(microbatches=4), cache=LayerCache(tmp_path))
+    first = search(graph_of, request)
+    cold = len(solves)
+    again = search(graph_of, request)
+    assert len(solves) - cold < cold
+    assert again.stages == first.stages
+    assert again.predicted == first.predicted
+    assert again.stages == search(graph_of, replace(request, cache=None)).stages
 
 
 @pytest.mark.parametrize("change", ["memory", "weights", "code"])
