@@ -32,6 +32,42 @@ def dot_general_flops(params: Mapping[str, Any], operands: Sequence[Tensor], res
     return float(2 * results[0].elements * prod(operands[0].shape[d] for d in left_contract))
 
 
+def ragged_dot_general(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:
+    """Rows in groups, each times a matrix of its own: (m, k), (g, k, j) -> (m, j), where the ragged m stays whole.
+
+    In the gradient of the matrices the ragged dim is contracted, (m, k), (m, j) -> (g, k, j): it stays whole too.
+    """
+    numbers = params["ragged_dot_dimension_numbers"]
+    (left_contract, right_contract), (left_batch, right_batch) = numbers.dot_dimension_numbers
+    ragged, groups = set(numbers.lhs_ragged_dimensions), set(numbers.rhs_group_dimensions)
+    factors = Factors(operands, results)
+    out = 0 if groups else 1  # the groups come first where the right operand has none
+    for a, b in zip(left_contract, right_contract, strict=True):
+        if a not in ragged:
+            factors.tie(("in", 0, a), ("in", 1, b), contracted=True)
+    for a, b in zip(left_batch, right_batch, strict=True):
+        if a not in ragged:
+            factors.tie(("in", 0, a), ("in", 1, b), ("out", 0, out))
+        out += 1
+    for array, used in ((0, {*left_contract, *left_batch}), (1, {*right_contract, *right_batch, *groups})):
+        for dim in range(len(operands[array].shape)):
+            if dim in used:
+                continue
+            if array == 1 or dim not in ragged:
+                factors.tie(("in", array, dim), ("out", 0, out))
+            out += 1
+    return factors.rule()
+
+
+def ragged_dot_flops(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> float:
+    """As of a product of the rows with one matrix: every row meets the matrix of its own group alone."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    (_, right_contract), (_, right_batch) = numbers.dot_dimension_numbers
+    apart = {*right_contract, *right_batch, *numbers.rhs_group_dimensions}
+    free = prod(size for dim, size in enumerate(operands[1].shape) if dim not in apart)
+    return float(2 * operands[0].elements * free)
+
+
 def conv_general_dilated(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:
     """Batch and output channels are free, input channels contracted; spatial dims stay whole (no halo exchange).
 

@@ -8,12 +8,13 @@ from meshwright.plan.graph import Rule, Tensor
 from meshwright.plan.rules.base import Factors, replicated
 
 ELEMENTWISE = (
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj convert_element_type "
-    "copy copy_p copysign cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow "
-    "is_finite le lgamma log log1p logistic lt mark_layer max min mul name ne neg nextafter not optimization_barrier "
-    "or pow real "
-    "reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh "
-    "sqrt square stop_gradient sub tan tanh xor"
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt "
+    "ceil clamp clz complex conj convert_element_type copy cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 "
+    "expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log log1p logistic "
+    "lt lt_to mark_layer max min mul mulhi name ne neg nextafter not or polygamma population_count pow real "
+    "reduce_precision regularized_incomplete_beta rem round rsqrt select_n sharding_constraint shift_left "
+    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh threefry2x32 "
+    "xor zeta "
 ).split()
 
 
@@ -148,10 +149,49 @@ def _reduce(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequ
     return factors.rule(linear)
 
 
-def arg_reduce(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:
-    """argmax, argmin: the searched dim stays whole."""
+def kept_dims(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:
+    """argmax, argmin, a reduction by any function: what is searched or reduced stays whole; half the operands are
+    initial values in the last case."""
     factors = Factors(operands, results)
-    kept = [d for d in range(len(operands[0].shape)) if d not in params["axes"]]
-    for out, dim in enumerate(kept):
-        factors.tie(("in", 0, dim), ("out", 0, out))
+    rank = len(operands[0].shape)
+    reduced = params["axes"] if "axes" in params else params["dimensions"]
+    for out, dim in enumerate(d for d in range(rank) if d not in reduced):
+        places = [("in", i, dim) for i, t in enumerate(operands) if len(t.shape) == rank]
+        factors.tie(*places, *(("out", o, out) for o in range(len(results))))
+    return factors.rule()
+
+
+def each_alone(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:
+    """Result i is operand i, unchanged; the pairs have nothing to do with each other."""
+    factors = Factors(operands, results)
+    for array, tensor in enumerate(operands):
+        for dim in range(len(tensor.shape)):
+            factors.tie(("in", array, dim), ("out", array, dim))
+    return factors.rule()
+
+
+def tile(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:
+    """Dims that are not repeated are free."""
+    factors = Factors(operands, results)
+    for dim, times in enumerate(params["reps"]):
+        if times == 1:
+            factors.tie(("in", 0, dim), ("out", 0, dim))
+    return factors.rule()
+
+
+def stack(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:
+    """Arrays of one shape, side by side along a new dim."""
+    factors = Factors(operands, results)
+    for dim in range(len(operands[0].shape)):
+        places = [("in", i, dim) for i in range(len(operands))]
+        factors.tie(*places, ("out", 0, dim + (dim >= params["axis"])))
+    return factors.rule()
+
+
+def unstack(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:
+    """The other way round: a dim is taken apart, the others are free."""
+    factors = Factors(operands, results)
+    for dim in range(len(results[0].shape)):
+        places = [("out", o, dim) for o in range(len(results))]
+        factors.tie(*places, ("in", 0, dim + (dim >= params["axis"])))
     return factors.rule()

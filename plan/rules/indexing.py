@@ -60,3 +60,43 @@ def scatter_add(params: Mapping[str, Any], operands: Sequence[Tensor], results: 
     for dim in numbers.inserted_window_dims:
         factors.tie(("in", 0, dim), ("out", 0, dim))
     return factors.rule()
+
+
+def scatter(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:
+    """Scatter that sets, or keeps the larger, smaller or product: as ``scatter_add``, but the indices stay together.
+
+    Partial results of these are no sums, so nothing is contracted.
+    """
+    numbers = params["dimension_numbers"]
+    operand, updates = operands[0], operands[2]
+    windows = list(numbers.update_window_dims)
+    update_batch = [d for d in range(len(updates.shape)) if d not in windows]
+    shared = dict(zip(numbers.scatter_indices_batching_dims, numbers.operand_batching_dims, strict=True))
+    factors = Factors(operands, results)
+    for dim, update in enumerate(update_batch):
+        if dim in shared:
+            factors.tie(("in", 1, dim), ("in", 2, update), ("in", 0, shared[dim]), ("out", 0, shared[dim]))
+    hidden = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    window = [d for d in range(len(operand.shape)) if d not in hidden]
+    for update, dim in zip(windows, window, strict=True):
+        if updates.shape[update] == operand.shape[dim]:
+            factors.tie(("in", 0, dim), ("in", 2, update), ("out", 0, dim))
+    return factors.rule()
+
+
+def dynamic_slice(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:
+    """Dims that are taken whole are free; the starts are scalars."""
+    factors = Factors(operands, results)
+    for dim, size in enumerate(operands[0].shape):
+        if results[0].shape[dim] == size:
+            factors.tie(("in", 0, dim), ("out", 0, dim))
+    return factors.rule()
+
+
+def dynamic_update_slice(params: Mapping[str, Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> Rule:
+    """Dims that the update covers whole are free; the starts are scalars."""
+    factors = Factors(operands, results)
+    for dim, size in enumerate(operands[0].shape):
+        if operands[1].shape[dim] == size:
+            factors.tie(("in", 0, dim), ("in", 1, dim), ("out", 0, dim))
+    return factors.rule()

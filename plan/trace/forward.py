@@ -166,11 +166,15 @@ def cut_into_layers(forward: Forward, cutter: Cutter) -> list[Cut]:
 
 def active_values(forward: Forward) -> frozenset[int]:
     """Values through which a gradient can reach a parameter."""
-    active = {v for v in forward.parameter_values if forward.tensors[v].is_float}
+    active = {v for v in forward.parameter_values if _has_cotangent(forward.tensors[v])}
     for eqn in forward.equations:
         if eqn.name != "stop_gradient" and active.intersection(eqn.reads):
-            active.update(out for out in eqn.outputs if forward.tensors[out].is_float)
+            active.update(out for out in eqn.outputs if _has_cotangent(forward.tensors[out]))
     return frozenset(active)
+
+
+def _has_cotangent(tensor: Tensor) -> bool:
+    return tensor.is_float or tensor.dtype.startswith("complex")
 
 
 def _birth(eqn: Equation) -> int:
@@ -183,7 +187,7 @@ def _cheap_equations(forward: Forward) -> frozenset[int]:
     final = {forward.loss, *forward.aux}
     cheap: set[int] = set()
     for eqn in forward.equations:
-        if is_heavy(eqn.name) or final.intersection(eqn.outputs):
+        if is_heavy(eqn.name, eqn.params) or final.intersection(eqn.outputs):
             continue
         if cheap_values.issuperset(eqn.reads):
             cheap.add(id(eqn))
@@ -204,7 +208,7 @@ def _reads_through(eqn: Equation, cheap: frozenset[int], maker: Mapping[int, Equ
 
 
 def _heavy_flops(eqn: Equation, tensors: Sequence[Tensor]) -> float:
-    if not is_heavy(eqn.name):
+    if not is_heavy(eqn.name, eqn.params):
         return 0.0
     shapes = [_tensor(x, tensors) for x in eqn.inputs]
     return operator_flops(eqn.name, eqn.params, shapes, [tensors[v] for v in eqn.outputs])

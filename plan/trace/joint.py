@@ -130,7 +130,7 @@ def _remake_views(
     maker = {out: eqn for eqn in forward for out in eqn.outputs}
     from_parameters = set(parameters)
     for eqn in forward:
-        if operator_kind(eqn.name) == "memory" and from_parameters.issuperset(eqn.reads):
+        if operator_kind(eqn.name, eqn.params) == "memory" and from_parameters.issuperset(eqn.reads):
             from_parameters.update(eqn.outputs)
     again: dict[int, int] = {}
     remade: list[Equation] = []
@@ -200,7 +200,7 @@ def operator_of(eqn: Equation, tensors: Sequence[Tensor], phase: Phase) -> Opera
     rows = tuple(row for row, x in zip(rule.operands, eqn.inputs, strict=True) if isinstance(x, int))
     rule = type(rule)(rows, rule.results, rule.sizes, rule.contracted, rule.linear, rule.known)
     flops = operator_flops(eqn.name, eqn.params, operands, results)
-    return Operator(eqn.name, eqn.reads, eqn.outputs, rule, operator_kind(eqn.name), flops, phase)
+    return Operator(eqn.name, eqn.reads, eqn.outputs, rule, operator_kind(eqn.name, eqn.params), flops, phase)
 
 
 def literal_tensor(literal: Literal) -> Tensor:
