@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.errors import ModelError
-from meshwright.models import gpt, moe, two_tower, wide_resnet
+from meshwright.models import gpt, llama, moe, two_tower, wide_resnet
 from meshwright.models.base import Model
 from meshwright.models.transformer import DTYPES
 
 FAMILIES: dict[str, tuple[type, Callable[[Any, str], Model]]] = {
     "gpt": (gpt.GPTConfig, gpt.build),
+    "llama": (llama.LlamaConfig, llama.build),
     "moe": (moe.MoEConfig, moe.build),
     "wresnet": (wide_resnet.WideResNetConfig, wide_resnet.build),
     "two-tower": (two_tower.TwoTowerConfig, two_tower.build),

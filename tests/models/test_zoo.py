@@ -46,10 +46,10 @@ def test_names_of_the_contract_exist() -> None:
     wresnet = "250m 500m 1b 2b 4b 6.8b 13b"
     promised = [f"{family}-{size}" for family, sizes in (("gpt", gpt), ("moe", moe), ("wresnet", wresnet))
                 for size in sizes.split()]  # fmt: skip
-    assert {*promised, "two-tower-small"} <= set(NAMES)
+    assert {*promised, "two-tower-small", "llama-7b", "llama-13b", "llama-70b"} <= set(NAMES)
 
 
-@pytest.mark.parametrize("name", ["gpt-350m", "moe-380m", "wresnet-250m", "two-tower-small"])
+@pytest.mark.parametrize("name", ["gpt-350m", "moe-380m", "wresnet-250m", "two-tower-small", "llama-7b"])
 def test_the_loss_of_every_family_traces_to_a_scalar(name: str) -> None:
     model = get_model(name)
     assert jax.eval_shape(model.loss_fn, parameters(name), model.batch_fn(4)).shape == ()

@@ -18,6 +18,7 @@ from tests.models.training import compiled, random_batch
 TINY = {
     "gpt": "gpt:layers=4,hidden=16,heads=2,seq=8,vocab=32",
     "moe": "moe:layers=2,hidden=16,heads=2,experts=4,seq=8,group=8,vocab=32,ffn=2,tied=false",
+    "llama": "llama:layers=2,hidden=16,heads=4,kv_heads=2,ffn=24,seq=8,vocab=32",
     "wresnet": "wresnet:layers=50,channels=4,width=2,image=32,classes=8",
     "two-tower": "two-tower:layers=1,hidden=16,heads=2,seq=8,vocab=32,features=12",
 }
