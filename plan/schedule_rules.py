@@ -76,7 +76,7 @@ class ScheduleRule:
 
 
 GRAPH = ScheduleRule("graph-1f1b")  # 1f1b where stages form a graph: ``meshwright.plan.stage_graph``
-RUNNABLE = ("1f1b", "gpipe", GRAPH.name)  # what ``meshwright.execute.runtime`` interprets
+RUNNABLE = ("1f1b", "gpipe", "eager-1f1b", GRAPH.name)  # what ``meshwright.execute.runtime`` interprets
 SIMPLE = {
     rule.name: rule
     for rule in (

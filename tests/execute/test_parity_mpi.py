@@ -18,6 +18,7 @@ BATCH, STEPS = 12, 20
 PLANS: dict[str, tuple[int, int, dict[str, Any]]] = {  # blocks, micro-batches, and what is fixed
     "pipeline 2 x tensor 2": (2, 3, {"pipeline": 2, "tensor": 2, "data": 1, "schedule": "1f1b"}),
     "pipeline 4": (2, 3, {"pipeline": 4, "tensor": 1, "data": 1, "schedule": "gpipe"}),
+    "eager": (2, 3, {"pipeline": 4, "tensor": 1, "data": 1, "schedule": "eager-1f1b"}),
     "data 4": (1, 3, {"pipeline": 1, "tensor": 1, "data": 4}),
     "tensor 4": (1, 2, {"pipeline": 1, "tensor": 4, "data": 1}),
     "unequal meshes": (1, 2, {"stages": ((1, 1), (1, 3)), "schedule": "1f1b"}),

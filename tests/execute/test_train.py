@@ -58,6 +58,7 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {  # model, batch, micr
         2,
         {"pipeline": 4, "tensor": 1, "data": 1},
     ),
+    "eager": (GPT, 12, 3, {"pipeline": 2, "tensor": 2, "data": 1, "schedule": "eager-1f1b"}),
     "stages that form a graph": (
         "two-tower:layers=2,hidden=16,heads=2,seq=2,vocab=16,features=16",
         8,
