@@ -214,7 +214,7 @@ class _Step:
             case Update(stage):
                 made = self._update(stage)
             case _:
-                raise ExecutionError(f"the executor cannot run {word(step)}; plan with schedule 1f1b or gpipe")
+                raise ExecutionError(f"the executor cannot run {word(step)}; plan with one of the schedules that `meshwright plan` searches by default")
         self.r.transport.poll()
         if self.measure:
             jax.block_until_ready(made)
