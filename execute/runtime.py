@@ -214,7 +214,9 @@ class _Step:
             case Update(stage):
                 made = self._update(stage)
             case _:
-                raise ExecutionError(f"the executor cannot run {word(step)}; plan with one of the schedules that `meshwright plan` searches by default")
+                raise ExecutionError(
+                    f"the executor cannot run {word(step)}; plan with a schedule that is searched by default"
+                )
         self.r.transport.poll()
         if self.measure:
             jax.block_until_ready(made)
