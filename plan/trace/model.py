@@ -15,6 +15,7 @@ from meshwright.plan.graph import LayerUse, ModelGraph
 from meshwright.plan.layers import default_cuts
 from meshwright.plan.trace.equations import Equation, Literal
 from meshwright.plan.trace.forward import Cut, Cutter, Forward, active_values, cut_into_layers, trace_forward
+from meshwright.plan.trace.identity import function_text, functions_in
 from meshwright.plan.trace.joint import JointLayer, join, literal_tensor
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # JAX prints a jaxpr in colour where it thinks a terminal reads it
@@ -138,7 +139,7 @@ def _cut_text(cut: Cut, forward: Forward, active: frozenset[int], read_later: se
     for eqn in cut.equations:
         for out in eqn.outputs:
             local.setdefault(out, len(local))
-        text, whole = _equation_text(eqn, local)
+        text, whole = _equation_text(eqn, local, by_identity=True)
         complete &= whole
         lines.append(text)
     lines.append(repr([(local[v], v in active, v in read_later) for v in cut.exits]))
@@ -147,26 +148,25 @@ def _cut_text(cut: Cut, forward: Forward, active: frozenset[int], read_later: se
 
 def _joint_text(joint: JointLayer) -> str:
     identity = {v: v for v in range(len(joint.graph.tensors))}
-    equations = [_equation_text(eqn, identity)[0] for eqn in (*joint.forward, *joint.backward)]
+    equations = [_equation_text(eqn, identity, by_identity=False)[0] for eqn in (*joint.forward, *joint.backward)]
     g = joint.graph
     roles = (g.tensors, g.parameters, g.batch, g.entries, g.exits, g.entry_cotangents, g.exit_cotangents, g.gradients)
     return "\n".join([*equations, repr(roles)])
 
 
-def _equation_text(eqn: Equation, names: Mapping[int, int]) -> tuple[str, bool]:
+def _equation_text(eqn: Equation, names: Mapping[int, int], by_identity: bool) -> tuple[str, bool]:
+    """The equation in words; False if functions in it keep the words from saying all. ``by_identity`` names functions
+    by their address: right within one run, and different in the next.
+    """
     complete = True
     parts = []
     for key, value in sorted(eqn.params.items()):
-        if (
-            callable(value)
-            and not hasattr(value, "eqns")
-            and not hasattr(value, "jaxpr")
-            and not isinstance(value, type)
-        ):
-            complete = False
-            parts.append(f"{key}=<{getattr(value, '__name__', type(value).__name__)}>")
-        else:
-            parts.append(f"{key}={_COLOURS.sub('', str(value))}")
+        inside = list(functions_in(value))
+        same = [function_text(f) if by_identity else None for f in inside]
+        complete &= None not in same
+        named = [text or str(getattr(f, "__name__", type(f).__name__)) for f, text in zip(inside, same, strict=True)]
+        words = "" if [id(f) for f in inside] == [id(value)] else _COLOURS.sub("", str(value))
+        parts.append(f"{key}={words}<{','.join(named)}>" if inside else f"{key}={words}")
     inputs = [str(names[x]) if isinstance(x, int) else _literal_text(x) for x in eqn.inputs]
     outputs = [str(names[v]) for v in eqn.outputs]
     return f"{','.join(outputs)} = {eqn.name}[{';'.join(parts)}] {','.join(inputs)}", complete
