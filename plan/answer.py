@@ -94,8 +94,8 @@ def _rivals(winner: Judged, judged: Sequence[Judged], request: Request) -> tuple
 
 
 def _notes(winner: Judged, judged: Sequence[Judged], request: Request) -> list[str]:
-    notes = []
     graph = winner.candidate.graph
+    notes = list(graph.notes)
     if graph.unknown:
         listed = ", ".join(f"{name} ×{times}" for name, times in graph.unknown)
         notes.append(f"no sharding rule for {listed}: these run replicated")

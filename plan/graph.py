@@ -142,6 +142,7 @@ class ModelGraph:
     tokens_per_sample: int
     fingerprint: str  # of the traced program; a plan holds only for the same one
     unknown: tuple[tuple[str, int], ...]  # primitives without a rule and how often
+    notes: tuple[str, ...] = ()  # what the user should know about how the model was read
 
     @property
     def parameter_count(self) -> int:

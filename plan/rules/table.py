@@ -15,6 +15,7 @@ RULES: Mapping[str, RuleMaker] = {
     "transpose": elementwise.transpose,
     "squeeze": elementwise.squeeze,
     "iota": elementwise.iota,
+    "empty2": elementwise.iota,
     "slice": elementwise.untouched_dims,
     "pad": elementwise.untouched_dims,
     "concatenate": elementwise.untouched_dims,
@@ -82,7 +83,7 @@ WHOLE: Mapping[str, str] = {
     "approx_top_k": "as top_k: an opaque call to XLA's partitioner, which gathers its operand",
     **dict.fromkeys(("get", "swap"), "reads and writes a mutable reference in place, outside the dataflow we plan"),
     **dict.fromkeys(("after_all", "create_token"), "orders side effects; there is no array to split"),
-    **dict.fromkeys(("custom_lin", "dce_sink", "empty2", "stage"), "inside JAX's own transformations only"),
+    **dict.fromkeys(("custom_lin", "dce_sink", "stage"), "inside JAX's own transformations only"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ DIFFERENTIATION_CALLS: Mapping[str, str] = {
     "remat": "jaxpr",
     "checkpoint": "jaxpr",
 }
+_KEY_KINDS = ("threefry2x32", "rbg", "unsafe_rbg")  # jax.random.key's impl
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +98,14 @@ def tensor_of(aval: Any) -> Tensor:
 
 
 def abstract(tensor: Tensor) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
+    return jax.ShapeDtypeStruct(tensor.shape, _key_dtypes().get(tensor.dtype, tensor.dtype))
+
+
+@cache
+def _key_dtypes() -> Mapping[str, Any]:
+    """The dtypes of typed random keys, which NumPy does not know, by their names."""
+    shapes = [jax.eval_shape(lambda impl=impl: jax.random.key(0, impl=impl)) for impl in _KEY_KINDS]
+    return {str(shape.dtype): shape.dtype for shape in shapes}
 
 
 def evaluate(

@@ -105,6 +105,8 @@ def _model_graph(
     unknown: Counter[str] = Counter()
     for owner in owners:
         unknown.update(per_class[owner])
+    loops = Counter(op.primitive for use in owners for op in classes[use].graph.operators)["while"]
+    notes = (f"{loops} while loops count as one trip each: nobody knows how many they make",) if loops else ()
     digest = sha256()
     for joint in classes:
         digest.update(_joint_text(joint).encode())
@@ -123,6 +125,7 @@ def _model_graph(
         tokens_per_sample=model.tokens_per_sample,
         fingerprint=digest.hexdigest()[:16],
         unknown=tuple(sorted(unknown.items())),
+        notes=notes,
     )
 
 
