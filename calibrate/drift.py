@@ -319,6 +319,8 @@ def refuse_strangers(run: Run) -> None:
                 f"the plan is for {cluster.name!r} ({name}), but device {row.device} of the run was a {row.platform} "
                 f"({row.kind}); correct a machine only by a run on it, or calibrate that one"
             )
+    if not run.summary.step_seconds or min(run.summary.step_seconds) <= 0:
+        raise ClusterError("the run has no step that took any time; run the plan again with more --steps")
     hosts = {cluster.host_of(row.device) for row in rows}
     names = {row.host for row in rows}
     if len(hosts) != len(names):

@@ -225,6 +225,11 @@ class HostGroup(Host, frozen=True, kw_only=True):
         super().__post_init__()
         if self.count < 1:
             raise ClusterError(f"count is {self.count}; at least 1 is needed")
+        if self.count * self.devices > MOST_DEVICES:
+            raise ClusterError(
+                f"count {self.count} of hosts with {self.devices} devices is more than {MOST_DEVICES:,} devices; "
+                "no plan is made for so many"
+            )
 
 
 class ClusterFile(Record, frozen=True, kw_only=True):

@@ -27,7 +27,7 @@ def read_json(path: str | os.PathLike[str]) -> object:
         return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except OSError as error:
         raise ClusterError(f"{where}: cannot be read ({error.strerror}); give the path of a machine file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no text, no JSON, a number of thousands of digits, an odd path
         raise ClusterError(f"{where}: not JSON ({error}); run `meshwright calibrate` to make a new one") from None
     except ClusterError as error:
         raise ClusterError(f"{where}: {error}") from None

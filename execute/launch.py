@@ -66,7 +66,7 @@ def launch(ranks: int, argv: Sequence[str], env: Mapping[str, str] | None = None
             subprocess.Popen(
                 command, env=variables, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
             ) as process,
-            _sigterm_interrupts(),
+            sigterm_interrupts(),
         ):
             assert process.stderr is not None
             banners = BannerFilter()
@@ -196,7 +196,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """Let a scheduler's SIGTERM do what Ctrl-C does, where signals can be handled: in the main thread."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -25,6 +25,7 @@ from meshwright.plan.virtual import virtual_stages
 Policy = Literal["none", "full"]
 Way = tuple[Policy, float]  # a policy of rematerialisation, and a price of memory
 
+MOST_LAYERS_OF_A_GRAPH = 12  # with 24, the search for stages that form a graph takes minutes
 _ROUNDING = 1e-6  # relative, of a bound that may be reached
 MEMORY_PRICES = (0.0, 0.3, 3.0)  # of the seconds of a step, for filling a device's memory once
 
@@ -47,8 +48,9 @@ class Priced:
 
     @property
     def branches(self) -> bool:
-        """Whether layers of the model may run side by side."""
-        return decompose(len(self.graph.layers), layer_edges(self.graph)).branches
+        """Whether layers of the model may run side by side, and are few enough to be searched for that."""
+        few = len(self.graph.layers) <= MOST_LAYERS_OF_A_GRAPH
+        return few and decompose(len(self.graph.layers), layer_edges(self.graph)).branches
 
     @property
     def ilp_solves(self) -> int:
@@ -125,6 +127,11 @@ def _only_equal_layers(table: StageTable, stages: int) -> StageTable:
 def _graph_plans(pricer: StagePricer, table: StageTable, request: Request, microbatches: int) -> list[StagePlan]:
     """The best stages that form a graph."""
     graph = pricer.setting.graph
+    if len(graph.layers) > MOST_LAYERS_OF_A_GRAPH:
+        raise PlanError(
+            f"stages that form a graph are searched for up to {MOST_LAYERS_OF_A_GRAPH} layers; the model has "
+            f"{len(graph.layers)}: leave schedule graph-1f1b out"
+        )
     chain = decompose(len(graph.layers), layer_edges(graph))
     hops = GraphHops(pricer, request.cluster) if request.cross_mesh else lambda left, right, end: 0.0
     line = best_stages(table, microbatches, "1f1b", 1, None, request.cross_mesh, all_devices=request.fix.meshes)

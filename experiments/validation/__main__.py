@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="where the page and the pictures go (default: %(default)s)",
     )
     chosen = parser.parse_args(arguments)
+    if chosen.seed and not chosen.fit:
+        parser.error("the shipped constants were fitted with the halves of seed 0; other seeds need --fit")
     whose = "fitted to the other halves" if chosen.fit else "as shipped"
     split = f"Held-out halves of seed {chosen.seed}, constants {whose}"
     options = "".join([" --fit" if chosen.fit else "", f" --seed {chosen.seed}" if chosen.seed else ""])

@@ -16,6 +16,7 @@ from meshwright.errors import ClusterError
 DEFAULT_OUT = "machine.json"
 DEFAULT_BUDGET_SECONDS = 120.0
 SMALLEST_BUDGET_SECONDS = 5.0
+MOST_RANKS_A_CORE = 16  # more only wait for each other
 REPORT_SHARE = 0.15  # of the budget, kept for drawing
 
 
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         return correct_from(args.from_runs, args.out, as_json=args.json)
     from meshwright.calibrate.partial import Partial
     from meshwright.calibrate.session import calibrate_machine, worker_environment
+    from meshwright.execute.launch import sigterm_interrupts
 
     rank, size = mpi_place(os.environ)
     if rank != 0:
@@ -58,14 +60,20 @@ def run(args: argparse.Namespace) -> int:
     ranks = args.ranks if args.ranks is not None else size or max(2, cores)
     if ranks < 1:
         raise ClusterError(f"--ranks is {ranks}; at least 1 is needed")
+    if ranks > MOST_RANKS_A_CORE * cores:
+        raise ClusterError(f"--ranks is {ranks} on {cores} cores; at most {MOST_RANKS_A_CORE} a core can be measured")
     out = Path(args.out)
+    if out.is_dir():
+        raise ClusterError(f"--out {out} is a folder; give the name of a file")
+    if args.report and Path(args.report).is_file():
+        raise ClusterError(f"--report {args.report} is a file; give the name of a folder")
     if not out.absolute().parent.is_dir():
         raise ClusterError(f"--out {out}: the folder {out.parent} does not exist; make it or choose another")
     start = time.perf_counter()
     partial = Partial(out, worker_environment(os.environ), args.fresh)
     if partial.notice:
         print(partial.notice, file=sys.stderr)
-    with progress_display("calibrate") as progress:
+    with progress_display("calibrate") as progress, sigterm_interrupts():
         budget_seconds = args.budget * (1 - REPORT_SHARE if args.report else 1)
         calibration = calibrate_machine(budget_seconds, ranks, progress, partial)
     save_cluster(calibration.cluster, out)

@@ -103,6 +103,9 @@ def correct_from(folders: Sequence[str], out: str, *, as_json: bool) -> int:
 
 def refuse_unlike(seen: Sequence[Seen]) -> None:
     """Raise ``ClusterError`` unless all runs were planned for one and the same machine file."""
+    for place, other in enumerate(seen):
+        if any(other.run.summary == earlier.run.summary for earlier in seen[:place]):
+            raise ClusterError(f"{other.folder} is a run that was given already; each counts once")
     for other in seen[1:]:
         if other.run.plan.cluster != seen[0].run.plan.cluster:
             raise ClusterError(

@@ -130,6 +130,7 @@ def test_a_wrong_spec_is_one_line_that_says_what_to_use(spec: str, says: str) ->
         ("hosts.0.devices", 0, "hosts[0].devices is 0; at least 1 is needed"),
         ("hosts.0.cores", 0, "hosts[0].cores is 0; at least 1 is needed"),
         ("hosts.0.count", 0, "hosts[0].count is 0; at least 1 is needed"),
+        ("hosts.0.count", 10**9, "hosts[0].count 1000000000 of hosts with 8 devices is more than 262,144 devices"),
         ("hosts", [], "hosts is empty"),
         ("inter_host.latency_seconds.value", -1, "inter_host.latency_seconds.value is -1; zero or a positive"),
         ("inter_host", None, "inter_host: expected `object`, got `null`"),

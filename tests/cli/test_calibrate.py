@@ -38,7 +38,12 @@ def test_the_place_in_an_mpi_job_is_read_from_the_environment() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [(["--out", "no/such/place.json"], "does not exist"), (["--ranks", "0"], "at least 1")]
+    ("options", "says"),
+    [
+        (["--out", "no/such/place.json"], "does not exist"),
+        (["--ranks", "0"], "at least 1"),
+        (["--ranks", "100000"], "at most 16 a core"),
+    ],
 )
 def test_what_cannot_be_met_is_one_line(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["calibrate", *options]) == 1

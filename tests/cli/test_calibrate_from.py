@@ -59,15 +59,32 @@ def test_json_is_one_object_with_the_error_before_and_after(
 def test_runs_of_one_file_correct_it_together_and_of_two_files_do_not(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "machine.json"
-    assert main(["calibrate", "--from", str(run), str(run), "--out", str(out)]) == 0
+    out, again = tmp_path / "machine.json", tmp_path / "again"
+    plan = planned(machine(4), FOUR_STAGES)
+    truth = planned(slower_link(slower_device(machine(4), 1.4), 3.0), FOUR_STAGES)
+    second = run_on(truth, plan, noise=0.03, seed=1)
+    write_run(again, second.plan, second.steps, second.summary)
+    assert main(["calibrate", "--from", str(run), str(again), "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert text.count("with the corrected file the step is predicted at") == 2
-    assert "from run, run, 2026-11-23" in load_cluster(out).hosts[0].link.bytes_per_second.source
+    assert "from run, again, 2026-11-23" in load_cluster(out).hosts[0].link.bytes_per_second.source
     other = planned(slower_link(machine(4), 2.0), FOUR_STAGES)
     found = run_on(other, other)
     write_run(tmp_path / "other", found.plan, found.steps, found.summary)
     assert "one machine file together" in failed(capsys, "--from", str(run), str(tmp_path / "other"), "--out", str(out))
+
+
+def test_a_run_given_twice_counts_once_and_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = failed(capsys, "--from", str(run), str(run), "--out", str(tmp_path / "machine.json"))
+    assert "was given already" in error
+
+
+def test_a_run_without_a_timed_step_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = read_run(run)
+    write_run(run, found.plan, found.steps, msgspec.structs.replace(found.summary, step_seconds=()))
+    assert "no step that took any time" in failed(capsys, "--from", str(run), "--out", str(tmp_path / "machine.json"))
 
 
 def test_the_model_that_nobody_knows_has_its_rates_corrected_as_one(
