@@ -86,6 +86,10 @@ def calibrate_machine(
 
         progress(1.0 - PROGRAMS_SHARE, "whole programs")
         calibration = replace(calibration, cluster=with_programs(calibration.cluster, deadline - time.time()))
+    if compute.platform == "cpu" and not all(host.device.programs for host in calibration.cluster.hosts):
+        told = "whole programs were not measured, for lack of time: what they take beside their kernels is not counted"
+        notes = (*calibration.cluster.notes, told)
+        calibration = replace(calibration, cluster=msgspec.structs.replace(calibration.cluster, notes=notes))
     progress(1.0, "fit")
     return calibration
 
