@@ -26,7 +26,7 @@ def main() -> int:
     if machine.exists() and time.time() - machine.stat().st_mtime < FRESH_SECONDS:
         say(f"{machine} was measured within a day and is used again; delete it to calibrate anew")
     else:
-        commands.append(["calibrate", "--out", str(machine), "--budget", "30s", "--ranks", str(RANKS)])
+        commands.append(["calibrate", "--out", str(machine), "--budget", "120s", "--ranks", str(RANKS)])
     commands += [
         ["plan", MODEL, "--cluster", str(machine), "--batch", str(BATCH), "-o", str(plan)],
         [

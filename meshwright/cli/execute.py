@@ -126,14 +126,14 @@ def train(plan: Plan, args: argparse.Namespace) -> None:
         for path in metrics_files(args) if chief else ():
             append_metrics(path, plan, metrics)
     measured = []
-    for _ in range(1 + MEASURED_STEPS if args.run else 1):
+    for _ in range(1 + MEASURED_STEPS if args.run or args.plot or args.trace else 0):
         batch = next(batches)
         group.communicator.Barrier()  # the zero of all clocks
         state, _ = trainer.step(state, batch, measure=True)
         measured.append(trainer.timeline)
     own = jax.local_devices()[0]
     seen = RankRun(
-        tuple(measured[1:]) or tuple(measured),
+        tuple(measured[1:]),  # the first pays once for what waiting for each instruction needs
         dict(trainer.runtime.peak_bytes),
         device_row(group.rank, own.device_kind, own.platform),
     )
@@ -234,7 +234,6 @@ def report(
     plan: Plan, args: argparse.Namespace, losses: Sequence[float], seconds: Sequence[float], ranks: Sequence[RankRun]
 ) -> None:
     """Predicted against measured, as a table or as JSON; and the pictures that were asked for."""
-    from meshwright.execute.train import merge_timelines
     from meshwright.plan.predict import predict
 
     prediction = predict(plan)
@@ -242,16 +241,16 @@ def report(
     predicted, planned_peak = prediction.predicted.iteration_seconds, prediction.predicted.peak_memory_bytes
     time_error = predicted / median - 1
     peak = max((held for rank in ranks for held in rank.peak_bytes.values()), default=0.0)
-    measured = merge_timelines([rank.timelines[-1] for rank in ranks], tuple(stage.devices for stage in plan.stages))
-    both = [("predicted", prediction.timeline), ("measured", measured)]
-    if args.plot:
-        from meshwright.simulate.gantt import plot_timelines
+    if args.plot or args.trace:
+        both = [("predicted", prediction.timeline), ("measured", median_timeline(plan, ranks))]
+        if args.plot:
+            from meshwright.simulate.gantt import plot_timelines
 
-        plot_timelines(both, args.plot)
-    if args.trace:
-        from meshwright.simulate.trace import write_trace
+            plot_timelines(both, args.plot)
+        if args.trace:
+            from meshwright.simulate.trace import write_trace
 
-        write_trace(both, args.trace)
+            write_trace(both, args.trace)
     if args.run:
         keep_run(plan, args.run, losses, seconds, ranks, predicted, peak)
     result = {
@@ -278,6 +277,15 @@ def report(
     print("measured memory: arrays alive plus what XLA says its programs need; without the Python process itself")
     if args.run:
         print(f"kept in {args.run}; what differs, and a corrected machine file: meshwright calibrate --from {args.run}")
+
+
+def median_timeline(plan: Plan, ranks: Sequence[RankRun]) -> Timeline:
+    """Of the steps that were measured instruction by instruction, the one of median length, over all ranks."""
+    from meshwright.execute.train import merge_timelines
+
+    devices = tuple(stage.devices for stage in plan.stages)
+    steps = [merge_timelines(parts, devices) for parts in zip(*(rank.timelines for rank in ranks), strict=True)]
+    return sorted(steps, key=lambda step: step.makespan_seconds)[len(steps) // 2]
 
 
 def keep_run(
