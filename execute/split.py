@@ -64,13 +64,16 @@ class StageSplit:
 def split_plan(plan: Plan, graph: ModelGraph) -> tuple[StageSplit, ...]:
     """Apply the plan to the graph it was made for.
 
-    Errors: PlanError if the graph is another one.
+    Errors: PlanError if the graph is another one, or the plan asks for ZeRO, which is not executed yet.
     """
     if graph.fingerprint != plan.fingerprint:
         raise PlanError(
             f"the plan was made for another program than model {graph.name!r} gives here (fingerprint "
             f"{plan.fingerprint}, now {graph.fingerprint}); plan again with this model and this version of JAX"
         )
+    zero = max((level for layout in plan.layouts.values() for level in layout.zero.values()), default=0)
+    if zero:
+        raise PlanError(f"the plan keeps parameters at ZeRO-{zero}, which cannot be executed yet; plan with --zero 0")
     maker = graph.owner_of_value()
     stage_of = {layer: i for i, stage in enumerate(plan.stages) for layer in range(*stage.layers)}
     readers: dict[int, list[int]] = {}

@@ -90,7 +90,16 @@ def layer_layout(space: Space, choice: Sequence[int], names: Sequence[str] = AXI
             for dim, (factor, axes) in enumerate(zip(dims, spec, strict=True)):
                 if factor in rule.contracted and axes:
                     splits[f"{index}.{position}.{dim}"] = axes_text(axes, names)
-    return Layout(values=values, operands=operands, partial=partial, splits=splits)
+    ways = [(storage.parameter, space.way(gradient, choice)) for gradient, storage in space.stored.items()]
+    kept = {p: way for p, way in ways if way is not None and way.level}
+    return Layout(
+        values=values,
+        operands=operands,
+        partial=partial,
+        splits=splits,
+        stored={str(p): spec_text(way.kept, names) for p, way in kept.items()},
+        zero={str(p): way.level for p, way in kept.items()},
+    )
 
 
 def _pinned(space: Space, choice: Sequence[int]) -> dict[int, str]:

@@ -73,7 +73,7 @@ class Priced:
     def _one(self, policy: Policy, price: float) -> tuple[StagePricer, StageTable]:
         request = self.request
         kinds = requested_kinds(request.cluster, request.fix, price * _seconds_per_byte(self.graph, request.cluster))
-        setting = Setting(self.graph, self.microbatches, policy == "full", request.memory, self.slowdown)
+        setting = Setting(self.graph, self.microbatches, policy == "full", request.memory, self.slowdown, request.zero)
         pricer = StagePricer(setting, kinds, request.use_ilp, self.spaces, cache=request.cache)
         table = with_ties(pricer.stage_table(request.cluster), pricer, request.cluster)
         table = replace(with_shares(table, pricer), memory_bytes=request.usable_bytes)

@@ -96,7 +96,8 @@ def solve_layer(space: Space, weights: Weights, use_ilp: bool = False) -> LayerT
                 choice = solve_ilp(problem, fixed=dict(zip(keep, fixed, strict=True))).choice
                 table.ilp_solves += 1
             if choice not in known:
-                known[choice] = (space.costs(choice), _transient_bytes(space, choice, lifetimes))
+                transient = _transient_bytes(space, choice, lifetimes) + space.momentary_bytes(choice)
+                known[choice] = (space.costs(choice), transient)
             table.choices[entry, leave] = choice
             table.costs[:, entry, leave], table.transient_bytes[entry, leave] = known[choice]
             table.objective[entry, leave] = float(w @ known[choice][0])

@@ -26,13 +26,17 @@ class Layout(_Record, frozen=True):
     ``values`` gives the spec of the values that are pinned, keyed "number:what"; ``operands`` the spec that an
     equation wants of an operand that lives in another, keyed "equation.operand"; ``partial`` the mesh axes over which a
     value of a gradient stays a partial sum until the end of the iteration, and ``splits`` where such a sum begins: the
-    dims, keyed "equation.operand.dim", that these axes cut before the sum.
+    dims, keyed "equation.operand.dim", that these axes cut before the sum. ``stored`` gives, by number, the spec that
+    the optimizer state of a parameter is kept in where that is finer than the one in which it is read, ``zero`` its
+    level: 1 for that state alone, 2 for the gradient as well, 3 for the parameter as well.
     """
 
     values: dict[str, str]
     operands: dict[str, str]
     partial: dict[str, str]
     splits: dict[str, str]
+    stored: dict[str, str] = {}
+    zero: dict[str, int] = {}
 
 
 class PlannedCollective(_Record, frozen=True):

@@ -8,6 +8,7 @@ from meshwright.plan.graph import Tensor
 from meshwright.plan.sharding import AXIS_NAMES, Axes, Collective, all_reduce, reshard, spec_text
 from meshwright.plan.space import BM, FM, OM, Space
 from meshwright.plan.stages import StageCost
+from meshwright.plan.zero_space import storage_charges
 from meshwright.simulate.collective import CollectiveKind
 
 When = Literal["forward", "backward", "once"]
@@ -43,10 +44,10 @@ def priced_collectives(space: Space, choice: Sequence[int]) -> tuple[Priced, ...
             ranks, size = mesh.size(c.axes), c.elements * item_bytes
             found.append(Priced(c.kind, c.elements, size, c.axes, ranks, _WHEN[component], c.seconds, over))
 
-    waiting = set(space.partial.values())
+    waiting = space.summed_by
     for index, op in enumerate(graph.operators):
         node = space.node_of_operator[index]
-        if node < 0:
+        if node < 0 or waiting.get(index) in space.stored:  # such a sum depends on how the parameter is kept
             continue
         split = space.splits[index][choice[node]]
         component = OM if index in waiting else FM if op.phase == "forward" else BM
@@ -59,6 +60,10 @@ def priced_collectives(space: Space, choice: Sequence[int]) -> tuple[Priced, ...
         why = f"value {change.value} from {spec_text(before)} to {spec_text(after)}"
         tensor = graph.tensors[change.value]
         add(reshard(tensor, before, after, mesh), tensor, change.component, why)
+    for storage, (component, tensor, collectives) in storage_charges(space, choice):
+        way = storage.options[choice[storage.node]]
+        why = f"parameter {storage.parameter} at ZeRO-{way.level}, kept in {spec_text(way.kept)}"
+        add(collectives, tensor, component, why)
     return tuple(found)
 
 

@@ -11,6 +11,7 @@ from meshwright.plan.cache import LayerCache
 from meshwright.plan.schedule_rules import RUNNABLE, find_rule
 from meshwright.plan.space import Memory
 from meshwright.plan.stages import MeshKind, logical_mesh, mesh_kinds
+from meshwright.plan.zero import LEVELS
 
 Remat = Literal["none", "full"]
 
@@ -67,6 +68,8 @@ class Request:
         memory_margin: share of each device's memory that a plan leaves free.
         time_limit_seconds: after which the best plan so far is given; the step in hand is finished, and the search goes
             on until it has one plan that fits.
+        zero: the highest level of ZeRO that the search may choose, parameter by parameter (``meshwright.plan.zero``);
+            what the executor cannot run yet is planned only if asked for.
         cache: where layers solved by earlier searches are kept; by default nowhere.
     """
 
@@ -79,6 +82,7 @@ class Request:
     schedules: tuple[str, ...] = RUNNABLE
     memory_margin: float = MEMORY_MARGIN
     time_limit_seconds: float | None = None
+    zero: int = 0
     cache: LayerCache | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +91,8 @@ class Request:
         limit = self.time_limit_seconds
         if limit is not None and not (isfinite(limit) and limit > 0):
             raise PlanError(f"a time limit of {limit:g} seconds leaves no time; give more than 0")
+        if self.zero not in LEVELS:
+            raise PlanError(f"ZeRO level {self.zero} is unknown; use {', '.join(map(str, LEVELS))} or auto")
         if not self.schedules:
             raise PlanError(f"no schedule is left to search; give some of {', '.join(RUNNABLE)}")
         for name in self.schedules:

@@ -118,6 +118,28 @@ def reshard(tensor: Tensor, before: Spec, after: Spec, mesh: LogicalMesh) -> tup
     return tuple(found)
 
 
+def reduce_to(tensor: Tensor, before: Spec, partial: Axes, after: Spec, mesh: LogicalMesh) -> tuple[Collective, ...]:
+    """The collectives that bring partial sums over ``partial``, which lie in ``before``, to their sum in ``after``.
+
+    An axis that splits the result is summed by a reduce-scatter, the fastest first, so that slow links carry the
+    smallest pieces; the others by all-reduces of what is left. Any further change is a reshard.
+    """
+    split = {axis: dim for dim, axes in enumerate(after) for axis in axes}
+    item_bytes = tensor.bytes / max(tensor.elements, 1)
+    local = tensor.elements / shards(before, mesh)
+    found = []
+    summed = [list(axes) for axes in before]
+    for axis in sorted(set(partial) & set(split), reverse=True):
+        seconds = mesh.collective_seconds("reduce_scatter", local * item_bytes, axis)
+        local /= mesh.sizes[axis]
+        found.append(Collective("reduce_scatter", (axis,), local, seconds))
+        summed[split[axis]].append(axis)
+    rest = tuple(a for a in partial if a not in split)
+    if rest:
+        found.append(Collective("all_reduce", rest, local, mesh.all_reduce_seconds(local * item_bytes, rest)))
+    return (*found, *reshard(tensor, tuple(tuple(sorted(axes)) for axes in summed), after, mesh))
+
+
 def boundary_layouts(mesh: LogicalMesh) -> tuple[Axes, ...]:
     """How values between layers may be laid out: their first dim split over a subset of the mesh axes."""
     axes = [a for a, size in enumerate(mesh.sizes) if size > 1]

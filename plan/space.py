@@ -5,12 +5,13 @@ graph of some twenty nodes. Costs are vectors over ``COMPONENTS``: a node has on
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meshwright.plan.choices import Change, FloatArray, Home, Space
+from meshwright.plan.components import BC, BM, COMPONENTS, FC, FM, OC, OM, SAVED, STATIC, Memory
 from meshwright.plan.fusion import Traffic, traffic
 from meshwright.plan.graph import UNSPLIT, LayerGraph, Operator, Tensor
 from meshwright.plan.sharding import (
@@ -25,98 +26,18 @@ from meshwright.plan.sharding import (
     reshard,
 )
 from meshwright.plan.splits import OperatorSplit, enumerate_splits, sample_dims, split_of
+from meshwright.plan.zero_space import add_storage
 from meshwright.simulate.compute import op_seconds
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+__all__ = [
+    "BC", "BM", "COMPONENTS", "FC", "FM", "OC", "OM", "SAVED", "STATIC",
+    "Change", "FloatArray", "Home", "IntArray", "Memory", "Space", "build_space",
+]  # fmt: skip
 
-# Seconds of one micro-batch: forward and backward, computing and communicating; seconds once per iteration likewise;
-# bytes on one device: parameters, gradients and optimizer state; activations kept per live micro-batch.
-COMPONENTS = (
-    "forward_compute", "forward_communication", "backward_compute", "backward_communication",
-    "once_compute", "once_communication", "static_bytes", "saved_bytes",
-)  # fmt: skip
-FC, FM, BC, BM, OC, OM, STATIC, SAVED = range(len(COMPONENTS))
+IntArray = NDArray[np.int64]
 
 # Passing these keeps a partial sum a partial sum: they rearrange, or are linear in their one operand.
 _LINEAR_VIEWS = frozenset({"transpose", "reshape", "convert_element_type", "copy", "copy_p", "squeeze", "reduce_sum"})
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What training keeps per parameter element besides the parameter itself.
-
-    Once per iteration, sums of gradients are zeroed, read, scaled and written (``reduce_bytes`` per element), and the
-    optimizer's update reads and writes ``update_bytes``.
-    """
-
-    optimizer_bytes: float = 8.0  # Adam: two moments of four bytes
-    update_bytes: float = 28.0  # Adam in f32: read parameter, gradient, two moments; write all but the gradient
-    reduce_bytes: float = 12.0  # in f32
-
-
-@dataclass(frozen=True, slots=True)
-class Home:
-    """Where the spec of a value is decided: a node, and the value's spec for each of its strategies."""
-
-    node: int
-    specs: tuple[Spec, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A reader in ``node`` takes a value that lives at ``home`` in the spec ``wanted`` of each of its strategies."""
-
-    value: int
-    component: int  # of the cost vector, to which the change is charged
-    home: Home
-    node: int
-    wanted: tuple[Spec, ...]
-
-
-@dataclass(slots=True)
-class Space:
-    """The strategy space of a layer.
-
-    ``splits[o]`` has one entry per strategy of node ``node_of_operator[o]``, which is -1 for a constant. ``changes``
-    are the reshards that the edges charge.
-    """
-
-    graph: LayerGraph
-    mesh: LogicalMesh
-    layouts: tuple[Axes, ...]
-    node_costs: list[FloatArray] = field(default_factory=list)  # (components, strategies)
-    edge_costs: dict[tuple[int, int], FloatArray] = field(default_factory=dict)  # (components, strategies, strategies)
-    homes: dict[int, Home] = field(default_factory=dict)
-    splits: list[tuple[OperatorSplit, ...]] = field(default_factory=list)
-    node_of_operator: list[int] = field(default_factory=list)
-    changes: list[Change] = field(default_factory=list)
-    partial: dict[int, int] = field(
-        default_factory=dict
-    )  # value whose sum may wait -> the operator that leaves it partial
-    entry_node: int = -1
-    exit_node: int = -1
-
-    def partial_axes(self, value: int, choice: Sequence[int]) -> Axes:
-        """Mesh axes over which ``value`` stays a partial sum until the end of the iteration."""
-        if value not in self.partial:
-            return ()
-        op = self.partial[value]
-        return self.splits[op][choice[self.node_of_operator[op]]].contracted
-
-    def spec(self, value: int, choice: Sequence[int]) -> Spec | None:
-        """The spec of a value under an assignment; None for constants, which take any."""
-        home = self.homes.get(value)
-        return None if home is None else home.specs[choice[home.node]]
-
-    def costs(self, choice: Sequence[int]) -> FloatArray:
-        """The cost vector of an assignment, over ``COMPONENTS``."""
-        total = np.zeros(len(COMPONENTS))
-        for node, strategy in enumerate(choice):
-            total += self.node_costs[node][:, strategy]
-        for (u, v), matrix in self.edge_costs.items():
-            total += matrix[:, choice[u], choice[v]]
-        return total
 
 
 def build_space(
@@ -125,21 +46,29 @@ def build_space(
     memory: Memory,
     layouts: Sequence[Axes] | None = None,
     roles: Sequence[str] = (),
+    zero: int = 0,
 ) -> Space:
     """Enumerate the strategies of a layer and price them. Source of the method: Alpa, OSDI 2022, section 4.
 
     ``layouts`` are the boundary layouts to offer (default: all). ``roles`` may bind an axis to "data" (it splits only
-    dims that count samples) or to "tensor" (it splits none of those).
+    dims that count samples) or to "tensor" (it splits none of those). ``zero`` is the highest level of ZeRO to offer
+    (``meshwright.plan.zero``).
     """
     chosen = boundary_layouts(mesh) if layouts is None else tuple(layouts)
-    return _Builder(graph, mesh, memory, chosen, tuple(roles)).build()
+    return _Builder(graph, mesh, memory, chosen, tuple(roles), zero).build()
 
 
 class _Builder:
     def __init__(
-        self, graph: LayerGraph, mesh: LogicalMesh, memory: Memory, layouts: tuple[Axes, ...], roles: tuple[str, ...]
+        self,
+        graph: LayerGraph,
+        mesh: LogicalMesh,
+        memory: Memory,
+        layouts: tuple[Axes, ...],
+        roles: tuple[str, ...],
+        zero: int,
     ) -> None:
-        self.graph, self.mesh, self.memory, self.roles = graph, mesh, memory, roles
+        self.graph, self.mesh, self.memory, self.roles, self.zero = graph, mesh, memory, roles, zero
         self.space = Space(graph, mesh, layouts)
         self.sample_dims = sample_dims(graph) if roles else {}
         self.producer = graph.producer()
@@ -331,7 +260,9 @@ class _Builder:
             if gradient < 0:
                 continue
             self._find_partial(gradient, readers)
-            if gradient in space.homes:
+            if gradient not in space.homes:
+                continue
+            if not (self.zero and add_storage(space, parameter, gradient, self.memory, self.zero)):
                 home = space.homes[parameter]
                 self._add_edge(OM, gradient, home.node, home.specs)
 
@@ -355,6 +286,7 @@ class _Builder:
             if op.rule.contracted:
                 if op.rule.linear and len(op.outputs) == 1:
                     self.space.partial.update(dict.fromkeys(chain, maker))
+                    self.space.summed_by[maker] = gradient
                 return
             if op.primitive not in _LINEAR_VIEWS or len(op.inputs) != 1:
                 return
@@ -365,7 +297,8 @@ class _Builder:
     def _price_operators(self) -> None:
         graph, space, mesh = self.graph, self.space, self.mesh
         moved = traffic(graph)
-        waiting = set(space.partial.values())
+        waiting = space.summed_by
+        charged = {index for index, gradient in waiting.items() if gradient in space.stored}  # with how that is kept
         for index, op in enumerate(graph.operators):
             node = space.node_of_operator[index]
             if node < 0:
@@ -383,7 +316,8 @@ class _Builder:
                     priced[split] = (slowdown * self._compute_seconds(op, moved[index], split), sums)
                 seconds, sums = priced[split]
                 space.node_costs[node][compute, strategy] += seconds
-                space.node_costs[node][OM if index in waiting else communicate, strategy] += sums
+                if index not in charged:
+                    space.node_costs[node][OM if index in waiting else communicate, strategy] += sums
         self._price_memory()
 
     def _compute_seconds(self, op: Operator, moved: Traffic, split: OperatorSplit) -> float:
@@ -414,6 +348,8 @@ class _Builder:
             item = graph.tensors[parameter].bytes / max(graph.tensors[parameter].elements, 1)
             if gradient < 0:
                 charge(STATIC, parameter, 1.0)
+                continue
+            if gradient in space.stored:
                 continue
             charge(STATIC, parameter, 1.0 + self.memory.optimizer_bytes / item)
             charge(STATIC, gradient, 1.0)

@@ -60,6 +60,7 @@ class Setting:
     remat: bool
     memory: Memory
     compute_slowdown: float = 1.0
+    zero: int = 0  # the highest level of ZeRO that is offered
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class StageCost:
     tables: tuple[LayerTable, ...]
 
 
-Place = tuple[int, tuple[int, ...], tuple[str, ...]]  # layer class, mesh sizes, roles of the axes
+Place = tuple[int, tuple[int, ...], tuple[str, ...], int]  # layer class, mesh sizes, roles of the axes, ZeRO
 
 
 @dataclass(slots=True)
@@ -111,13 +112,14 @@ class StagePricer:
     def layer_table(self, layer_class: int, kind: int) -> LayerTable:
         """The best shardings of a layer; solved once for all pricers of the graph."""
         mesh_kind = self.kinds[kind]
-        place = (layer_class, mesh_kind.mesh.sizes, mesh_kind.roles)
+        place = (layer_class, mesh_kind.mesh.sizes, mesh_kind.roles, self.setting.zero)
         key = (place, self._weights(mesh_kind), self.use_ilp)
         tables, spaces = self.spaces.tables, self.spaces.spaces
         if key not in tables:
             if place not in spaces:
                 graph, memory = self.setting.graph.classes[layer_class], self.setting.memory
-                spaces[place] = build_space(graph, mesh_kind.mesh, memory, mesh_kind.layouts, mesh_kind.roles)
+                offered = (mesh_kind.mesh, memory, mesh_kind.layouts, mesh_kind.roles, self.setting.zero)
+                spaces[place] = build_space(graph, *offered)
             tables[key] = solve_layer(spaces[place], key[1], self.use_ilp)
             self.ilp_solves += tables[key].ilp_solves
         return tables[key]
@@ -174,7 +176,7 @@ class StagePricer:
 
         if layer_class not in self.figures:
             graph, memory = self.setting.graph.classes[layer_class], self.setting.memory
-            parts = (graph, memory, *((k, self._weights(k)) for k in self.kinds), self.use_ilp)
+            parts = (graph, memory, *((k, self._weights(k)) for k in self.kinds), self.use_ilp, self.setting.zero)
             self.figures[layer_class] = solve() if self.cache is None else self.cache.get(parts, solve)
         return self.figures[layer_class]
 

@@ -15,6 +15,7 @@ from meshwright.plan.planfile import Plan, public_json, save_plan, seconds_text,
 from meshwright.plan.request import MEMORY_MARGIN
 from meshwright.plan.schedule_rules import ALL_SCHEDULES, RUNNABLE, find_rule
 from meshwright.plan.search import Fix, Graphs, Request, search
+from meshwright.plan.zero import AUTO, LEVELS
 
 _COUNTS = ("microbatches", "microbatch-size", "pipeline", "data", "tensor")
 _NOT_YET = ("sequence-parallel", "zero", "expert", "context")
@@ -53,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--time-limit", type=float, metavar="SECONDS", help="give the best plan found when this time is over"
     )
     parser.add_argument(
+        "--zero",
+        choices=[*map(str, LEVELS), "auto"],
+        default="0",
+        help="the highest level of ZeRO that the search may choose for a parameter (default 0; auto: 3); plans with "
+        "any cannot be executed yet",
+    )
+    parser.add_argument(
         "--compare",
         action="store_true",
         help="also plan as others do (data parallelism alone, Megatron-LM's grid, Alpa's objective ...), judged alike",
@@ -83,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         schedules=parse_schedules(args.schedules),
         memory_margin=args.memory_margin,
         time_limit_seconds=args.time_limit,
+        zero=AUTO if args.zero == "auto" else int(args.zero),
     )
     with progress_display("plan") as progress:
         plan = search(graphs, request, lambda done, total, text: progress(done / total, text))
