@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,7 +21,8 @@ from meshwright.models.base import Model
 from meshwright.plan.planfile import Plan, plan_json
 from meshwright.plan.predict import program_of
 from meshwright.plan.schedule_rules import RUNNABLE
-from meshwright.plan.trace.model import trace
+from meshwright.plan.trace.model import Trace, trace
+from meshwright.plan.trace.parts import join_parts
 from meshwright.simulate.timeline import Timeline
 
 PyTree = Any
@@ -42,13 +43,16 @@ class Trainer:
     """Runs a plan. In one process it drives all devices itself; under MPI each rank drives its own."""
 
     plan: Plan
-    model: Model
+    trace: Trace
     runtime: Runtime
     splits: tuple[StageSplit, ...]
     optimizer: StagewiseOptimizer
     group: ProcessGroup | None
     steps_done: int = 0
-    parameter_tree: Any = field(default=None)
+
+    @property
+    def model(self) -> Model:
+        return self.trace.model
 
     def init(self, key: jax.Array) -> State:
         """First parameters and optimizer state, made where they live; values are those of ``model.init_fn(key)``."""
@@ -63,7 +67,7 @@ class Trainer:
             def make(words: jax.Array, leaves: tuple[int, ...] = split.parameters) -> list[Any]:
                 own_key = jax.random.wrap_key_data(words, impl=jax.random.key_impl(key)) if typed else words
                 every = jax.tree.leaves(self.model.init_fn(own_key))
-                return [every[leaf] for leaf in leaves]
+                return [self.trace.parts[leaf].of(every) for leaf in leaves]
 
             everywhere = NamedSharding(mesh, PartitionSpec())
             placed = jax.make_array_from_callback(words.shape, everywhere, words.__getitem__)
@@ -120,7 +124,7 @@ class Trainer:
             raise ExecutionError("parameters live on several ranks; gather them from a run in one process")
         owner = owners(self.splits)
         leaves = [np.asarray(state[owner[leaf]].parameters[leaf]) for leaf in range(len(self.runtime.graph.parameters))]
-        return jax.tree.unflatten(self.parameter_tree, leaves)
+        return jax.tree.unflatten(self.trace.parameter_tree, join_parts(self.trace.parts, leaves))
 
     @property
     def timeline(self) -> Timeline:
@@ -173,7 +177,7 @@ def build(plan: Plan, model: Model, optimizer: Any, group: ProcessGroup | None =
     if plan.devices > len(every):
         raise ExecutionError(f"the plan wants {plan.devices} devices and there are {len(every)}; start more ranks")
     tree_owners = owners(splits)
-    cut = StagewiseOptimizer(optimizer, traced.parameter_tree, traced.graph.parameters, tree_owners)
+    cut = StagewiseOptimizer(optimizer, traced.parameter_tree, traced.user_parameters, tree_owners, traced.parts)
     routes = plan_routes(plan, traced.graph, splits, list(ranks))
     tiles = max((len(route.transfer.tiles) for found in routes.values() for route in found), default=1)
     tags = TagSpace(sum(map(len, routes.values())) or 1, max(tiles, 1), transport.tag_upper_bound)
@@ -194,7 +198,7 @@ def build(plan: Plan, model: Model, optimizer: Any, group: ProcessGroup | None =
     runtime = Runtime(
         plan, traced.graph, program, splits, programs, meshes, updates, cut, routes, transport, tags, devices
     )
-    return Trainer(plan, model, runtime, splits, cut, group, 0, traced.parameter_tree)
+    return Trainer(plan, traced, runtime, splits, cut, group)
 
 
 def _compiled_update(optimizer: StagewiseOptimizer, split: StageSplit, mesh: Mesh) -> Callable[..., Any]:

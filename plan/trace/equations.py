@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from meshwright.plan.graph import Tensor
+from meshwright.plan.rules import is_heavy, operator_flops
 
 # Primitives that only wrap another jaxpr, and the parameter that holds it.
 CALLS: Mapping[str, str] = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
@@ -95,6 +96,23 @@ class Listing:
 
 def tensor_of(aval: Any) -> Tensor:
     return Tensor(tuple(int(n) for n in aval.shape), str(aval.dtype))
+
+
+def literal_tensor(literal: Literal) -> Tensor:
+    array = np.asarray(literal.value)
+    return Tensor(array.shape, str(array.dtype))
+
+
+def atom_tensor(atom: Atom, tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[atom] if isinstance(atom, int) else literal_tensor(atom)
+
+
+def heavy_flops(eqn: Equation, tensors: Sequence[Tensor]) -> float:
+    """FLOPs of products and convolutions; 0 for whatever only moves memory."""
+    if not is_heavy(eqn.name, eqn.params):
+        return 0.0
+    operands = [atom_tensor(x, tensors) for x in eqn.inputs]
+    return operator_flops(eqn.name, eqn.params, operands, [tensors[v] for v in eqn.outputs])
 
 
 def abstract(tensor: Tensor) -> jax.ShapeDtypeStruct:

@@ -11,16 +11,30 @@ import numpy as np
 from meshwright.errors import ModelError
 from meshwright.models.base import Model
 from meshwright.plan.graph import Leaf, Tensor
-from meshwright.plan.rules import is_heavy, operator_flops
+from meshwright.plan.rules import is_heavy
 from meshwright.plan.trace.borders import branch_borders
-from meshwright.plan.trace.equations import CALLS, Equation, Listing, Literal, live_equations, tensor_of
+from meshwright.plan.trace.equations import (
+    CALLS,
+    Equation,
+    Listing,
+    Literal,
+    atom_tensor,
+    heavy_flops,
+    live_equations,
+    tensor_of,
+)
+from meshwright.plan.trace.parts import Part
+from meshwright.plan.trace.scans import unroll_scans
 
 Cutter = Callable[[np.ndarray, np.ndarray, Sequence[Any]], Sequence[tuple[int, int]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """The loss as equations over numbered values: first the parameter leaves, then the batch, then what is computed."""
+    """The loss as equations over numbered values: first the parameters, then the batch, then what is computed.
+
+    Parameter i is ``parts[i]`` of ``user_parameters``, the leaves of ``parameter_tree``.
+    """
 
     tensors: tuple[Tensor, ...]
     equations: tuple[Equation, ...]
@@ -28,9 +42,12 @@ class Forward:
     batch: tuple[Leaf, ...]
     loss: int
     aux: tuple[int, ...]
+    parts: tuple[Part, ...]
+    user_parameters: tuple[Leaf, ...]
     parameter_tree: Any
     batch_tree: Any
     aux_tree: Any
+    notes: tuple[str, ...]
 
     @property
     def parameter_values(self) -> range:
@@ -76,17 +93,22 @@ def trace_forward(model: Model, microbatch_size: int) -> Forward:
     parameters, batch_leaves = named_leaves(params), named_leaves(batch)
     listing = Listing()
     inputs = [listing.new(leaf.tensor) for leaf in (*parameters, *batch_leaves)]
-    outputs = [as_value(listing, atom) for atom in listing.append(closed, inputs, CALLS)]
+    unrolled = unroll_scans(listing, listing.append(closed, inputs, CALLS), parameters, len(batch_leaves))
+    listing = unrolled.listing
+    outputs = [as_value(listing, atom) for atom in unrolled.outputs]
     return Forward(
         tensors=tuple(listing.tensors),
         equations=tuple(live_equations(listing.equations, outputs)),
-        parameters=parameters,
+        parameters=unrolled.parameters,
         batch=batch_leaves,
         loss=outputs[0],
         aux=tuple(outputs[1:]),
+        parts=unrolled.parts,
+        user_parameters=parameters,
         parameter_tree=jax.tree.structure(params),
         batch_tree=jax.tree.structure(batch),
         aux_tree=jax.tree.structure(aux_shape),
+        notes=unrolled.notes,
     )
 
 
@@ -94,7 +116,7 @@ def as_value(listing: Listing, atom: int | Literal, taken: frozenset[int] | set[
     """``atom`` as a value that an equation writes: literals and values in ``taken`` are copied first."""
     if isinstance(atom, int) and atom not in taken:
         return atom
-    tensor = _tensor(atom, listing.tensors)
+    tensor = atom_tensor(atom, listing.tensors)
     copy = jax.make_jaxpr(lambda x: jax.numpy.array(x, copy=True))(jax.ShapeDtypeStruct(tensor.shape, tensor.dtype))
     (result,) = listing.append(copy, [atom], CALLS)
     if not isinstance(result, int) or result == atom:
@@ -131,7 +153,7 @@ def cut_into_layers(forward: Forward, cutter: Cutter) -> list[Cut]:
         for out in eqn.outputs:
             if last_use.get(out, index) > index:
                 cut_bytes[index + 1 : last_use[out] + 1] += forward.tensors[out].bytes
-    flops = np.array([_heavy_flops(eqn, forward.tensors) for eqn in chain])
+    flops = np.array([heavy_flops(eqn, forward.tensors) for eqn in chain])
     signatures = [_signature(eqn, forward.tensors) for eqn in chain]
 
     final = {forward.loss, *forward.aux}
@@ -207,22 +229,9 @@ def _reads_through(eqn: Equation, cheap: frozenset[int], maker: Mapping[int, Equ
     return {value for e in _with_cheap(eqn, cheap, maker) for value in e.reads}
 
 
-def _heavy_flops(eqn: Equation, tensors: Sequence[Tensor]) -> float:
-    if not is_heavy(eqn.name, eqn.params):
-        return 0.0
-    shapes = [_tensor(x, tensors) for x in eqn.inputs]
-    return operator_flops(eqn.name, eqn.params, shapes, [tensors[v] for v in eqn.outputs])
-
-
-def _tensor(atom: int | Literal, tensors: Sequence[Tensor]) -> Tensor:
-    if isinstance(atom, int):
-        return tensors[atom]
-    return Tensor(np.shape(atom.value), str(np.asarray(atom.value).dtype))
-
-
 def _signature(eqn: Equation, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return (
         eqn.name,
-        tuple(_tensor(x, tensors).shape for x in eqn.inputs),
+        tuple(atom_tensor(x, tensors).shape for x in eqn.inputs),
         tuple(tensors[v].shape for v in eqn.outputs),
     )

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from meshwright.plan.graph import LayerGraph, Operator, Phase, Tensor
 from meshwright.plan.rules import operator_flops, operator_kind, rule_of
@@ -18,8 +17,8 @@ from meshwright.plan.trace.equations import (
     Atom,
     Equation,
     Listing,
-    Literal,
     abstract,
+    atom_tensor,
     evaluate,
     live_equations,
 )
@@ -194,15 +193,10 @@ def _renumber(
 
 def operator_of(eqn: Equation, tensors: Sequence[Tensor], phase: Phase) -> Operator:
     """The planner's view of one equation; literal operands have no row in its rule."""
-    operands = [tensors[x] if isinstance(x, int) else literal_tensor(x) for x in eqn.inputs]
+    operands = [atom_tensor(x, tensors) for x in eqn.inputs]
     results = [tensors[v] for v in eqn.outputs]
     rule = rule_of(eqn.name, eqn.params, operands, results)
     rows = tuple(row for row, x in zip(rule.operands, eqn.inputs, strict=True) if isinstance(x, int))
     rule = type(rule)(rows, rule.results, rule.sizes, rule.contracted, rule.linear, rule.known)
     flops = operator_flops(eqn.name, eqn.params, operands, results)
     return Operator(eqn.name, eqn.reads, eqn.outputs, rule, operator_kind(eqn.name, eqn.params), flops, phase)
-
-
-def literal_tensor(literal: Literal) -> Tensor:
-    array = np.asarray(literal.value)
-    return Tensor(array.shape, str(array.dtype))

@@ -11,23 +11,30 @@ import numpy as np
 
 from meshwright.errors import ModelError
 from meshwright.models.base import Model
-from meshwright.plan.graph import LayerUse, ModelGraph
+from meshwright.plan.graph import LayerUse, Leaf, ModelGraph
 from meshwright.plan.layers import default_cuts
-from meshwright.plan.trace.equations import Equation, Literal
+from meshwright.plan.trace.equations import Equation, Literal, literal_tensor
 from meshwright.plan.trace.forward import Cut, Cutter, Forward, active_values, cut_into_layers, trace_forward
 from meshwright.plan.trace.identity import function_text, functions_in
-from meshwright.plan.trace.joint import JointLayer, join, literal_tensor
+from meshwright.plan.trace.joint import JointLayer, join
+from meshwright.plan.trace.parts import Part
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # JAX prints a jaxpr in colour where it thinks a terminal reads it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """``graph`` is what the planner reads; ``classes`` are the equations that the executor runs, one per class."""
+    """``graph`` is what the planner reads; ``classes`` are the equations that the executor runs, one per class.
+
+    ``parts[i]`` says which part of the user's parameters parameter i of the graph is; ``parameter_tree`` and
+    ``user_parameters`` are the user's own, before stacked layers were taken apart.
+    """
 
     model: Model
     graph: ModelGraph
     classes: tuple[JointLayer, ...]
+    parts: tuple[Part, ...]
+    user_parameters: tuple[Leaf, ...]
     parameter_tree: Any
     batch_tree: Any
     aux_tree: Any
@@ -76,7 +83,16 @@ def trace(
         owners.append(known)
 
     graph = _model_graph(model, forward, cuts, owners, classes, batch, microbatches)
-    return Trace(model, graph, tuple(classes), forward.parameter_tree, forward.batch_tree, forward.aux_tree)
+    return Trace(
+        model=model,
+        graph=graph,
+        classes=tuple(classes),
+        parts=forward.parts,
+        user_parameters=forward.user_parameters,
+        parameter_tree=forward.parameter_tree,
+        batch_tree=forward.batch_tree,
+        aux_tree=forward.aux_tree,
+    )
 
 
 def _model_graph(
@@ -106,7 +122,7 @@ def _model_graph(
     for owner in owners:
         unknown.update(per_class[owner])
     loops = Counter(op.primitive for use in owners for op in classes[use].graph.operators)["while"]
-    notes = (f"{loops} while loops count as one trip each: nobody knows how many they make",) if loops else ()
+    trips = (f"{loops} while loops count as one trip each: nobody knows how many they make",) if loops else ()
     digest = sha256()
     for joint in classes:
         digest.update(_joint_text(joint).encode())
@@ -125,7 +141,7 @@ def _model_graph(
         tokens_per_sample=model.tokens_per_sample,
         fingerprint=digest.hexdigest()[:16],
         unknown=tuple(sorted(unknown.items())),
-        notes=notes,
+        notes=(*forward.notes, *trips),
     )
 
 

@@ -1,6 +1,7 @@
 """What the tests of training share: tiny plans, batches that can be learnt, plain JAX as the truth."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal, cast
 
@@ -11,12 +12,15 @@ import optax
 
 from meshwright.calibrate.hardware import Cluster, cluster_from_data, cluster_to_data, parse_cluster
 from meshwright.execute.split import read_layout
+from meshwright.execute.train import Trainer, build
 from meshwright.models.base import Model, PyTree
 from meshwright.models.zoo import get_model
 from meshwright.plan.planfile import Plan, PlannedStage
 from meshwright.plan.search import Fix, Request, search
 from meshwright.plan.trace.model import trace
 from tests.models.training import compiled
+
+STEPS = 5  # of a comparison with plain JAX
 
 
 def key(seed: int = 1) -> jax.Array:
@@ -129,3 +133,42 @@ def train_plainly(
 @cache
 def _gradient_of(model: Model) -> Any:
     return cast(Any, compiled(jax.value_and_grad(model.loss_fn, has_aux=model.has_aux)))
+
+
+def constant(model: Model) -> tuple[Model, Any]:
+    """The model with its first parameters as constants: compiling the drawing of numbers takes longer than the rest."""
+    weights = first_parameters(model)
+    return replace(model, init_fn=lambda _: weights), weights
+
+
+def trained(trainer: Trainer, data: list[Any]) -> tuple[list[float], Any]:
+    state = trainer.init(key())
+    losses = []
+    for batch in data:
+        state, metrics = trainer.step(state, batch)
+        losses.append(metrics.loss)
+    return losses, trainer.parameters(state)
+
+
+def assert_parity(
+    model: Model,
+    plan: Plan,
+    optimizer: optax.GradientTransformation,
+    loss_tolerance: float = 1e-5,
+    weight_tolerance: float = 1e-4,
+) -> None:
+    """Losses step by step, and every parameter leaf after the last step, by the distance that it has moved."""
+    assert splits_as_fixed(plan)
+    model, weights = constant(model)
+    data = batches(model, plan.batch, STEPS)
+    expected, after = train_plainly(model, weights, data, plan.microbatches, optimizer)
+    losses, found = trained(build(plan, model, optimizer), data)
+    np.testing.assert_allclose(losses, expected, rtol=loss_tolerance)
+    for (path, leaf), (before, truth) in zip(
+        jax.tree.leaves_with_path(found),
+        zip(jax.tree.leaves(weights), jax.tree.leaves(after), strict=True),
+        strict=True,
+    ):
+        moved = np.linalg.norm(np.asarray(truth, np.float64) - np.asarray(before))
+        error = np.linalg.norm(np.asarray(leaf, np.float64) - np.asarray(truth))
+        assert error <= weight_tolerance * moved + 1e-7, jax.tree_util.keystr(path)

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -11,22 +10,10 @@ import optax
 import pytest
 
 from meshwright.errors import ExecutionError, PlanError
-from meshwright.execute.train import Trainer, build
-from meshwright.models.base import Model
-from meshwright.plan.planfile import Plan
-from tests.execute.plain import (
-    batches,
-    first_parameters,
-    key,
-    layered,
-    model_of,
-    planned,
-    splits_as_fixed,
-    train_plainly,
-)
+from meshwright.execute.train import build
+from tests.execute.plain import assert_parity, batches, key, layered, model_of, planned
 
 GPT = "gpt:layers=2,hidden=48,heads=3,seq=8,vocab=48"
-STEPS = 5
 
 SLOW = ("group norm", "untied", "two devices to one")  # long to compile, or easier than what stays
 ONE_F_ONE_B: dict[str, Any] = {"schedule": "1f1b"}
@@ -73,45 +60,6 @@ def _compile_quickly() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-def constant(model: Model) -> tuple[Model, Any]:
-    """The model with its first parameters as constants: compiling the drawing of numbers takes longer than the rest."""
-    weights = first_parameters(model)
-    return replace(model, init_fn=lambda _: weights), weights
-
-
-def trained(trainer: Trainer, data: list[Any]) -> tuple[list[float], Any]:
-    state = trainer.init(key())
-    losses = []
-    for batch in data:
-        state, metrics = trainer.step(state, batch)
-        losses.append(metrics.loss)
-    return losses, trainer.parameters(state)
-
-
-def assert_parity(
-    model: Model,
-    plan: Plan,
-    optimizer: optax.GradientTransformation,
-    loss_tolerance: float = 1e-5,
-    weight_tolerance: float = 1e-4,
-) -> None:
-    """Losses step by step, and every parameter leaf after the last step, by the distance that it has moved."""
-    assert splits_as_fixed(plan)
-    model, weights = constant(model)
-    data = batches(model, plan.batch, STEPS)
-    expected, after = train_plainly(model, weights, data, plan.microbatches, optimizer)
-    losses, found = trained(build(plan, model, optimizer), data)
-    np.testing.assert_allclose(losses, expected, rtol=loss_tolerance)
-    for (path, leaf), (before, truth) in zip(
-        jax.tree.leaves_with_path(found),
-        zip(jax.tree.leaves(weights), jax.tree.leaves(after), strict=True),
-        strict=True,
-    ):
-        moved = np.linalg.norm(np.asarray(truth, np.float64) - np.asarray(before))
-        error = np.linalg.norm(np.asarray(leaf, np.float64) - np.asarray(truth))
-        assert error <= weight_tolerance * moved + 1e-7, jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,12 @@ def test_wrapped_layers_are_found_as_layers(wrap: Callable[[Any], Any]) -> None:
 
 
 def test_a_scan_costs_its_body_times_its_trips() -> None:
-    """Forward one product a layer, backward two."""
+    """Forward one product a trip, backward two; a scan over stacked layers is those layers, and knows more."""
+    loop = graph_of(lambda p, x: jnp.mean(lax.scan(lambda c, _: (body(p["each"][0], c), None), x, length=DEPTH)[0]))
+    assert loop.model_flops == 3 * DEPTH * PRODUCT
     graph = graph_of(lambda p, x: jnp.mean(lax.scan(lambda c, w: (body(w, c), None), x, p["stacked"])[0]))
-    assert graph.model_flops == 3 * DEPTH * PRODUCT
+    assert graph.model_flops == (3 * DEPTH - 1) * PRODUCT  # the batch itself has no gradient
+    assert loop.unknown == ()
     assert graph.unknown == ()
 
 
