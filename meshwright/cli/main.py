@@ -52,6 +52,9 @@ COMMANDS = {
     "plan": Command("meshwright.cli.plan", "find the best way to split a model's training step over a cluster"),
     "simulate": Command("meshwright.cli.simulate", "predict time, memory and bubbles of a plan or of a bare schedule"),
     "explain": Command("meshwright.cli.explain", "why a plan is as fast and as full as it is, against another"),
+    "export": Command(
+        "meshwright.cli.export", "write a plan as plain JAX, Megatron-LM flags or a MaxText configuration"
+    ),
     "execute": Command("meshwright.cli.execute", "train as a plan says and hold the run against the prediction"),
 }
 
