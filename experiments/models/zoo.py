@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.errors import ModelError
-from meshwright.models import gpt, llama, moe, two_tower, wide_resnet
+from meshwright.models import gpt, llama, moe, multi_branch, two_tower, wide_resnet
 from meshwright.models.base import Model
 from meshwright.models.transformer import DTYPES
 
@@ -26,6 +26,7 @@ FAMILIES: dict[str, tuple[type, Callable[[Any, str], Model]]] = {
     "llama": (llama.LlamaConfig, llama.build),
     "moe": (moe.MoEConfig, moe.build),
     "wresnet": (wide_resnet.WideResNetConfig, wide_resnet.build),
+    "multi-branch": (multi_branch.MultiBranchConfig, multi_branch.build),
     "two-tower": (two_tower.TwoTowerConfig, two_tower.build),
 }
 NAMED: Mapping[str, Mapping[str, Any]] = json.loads(Path(__file__).with_name("named.json").read_text("utf-8"))

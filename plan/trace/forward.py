@@ -143,11 +143,11 @@ def cut_into_layers(forward: Forward, cutter: Cutter) -> list[Cut]:
 
     last_use: dict[int, int] = {}
     writer = {out: index for index, eqn in enumerate(chain) for out in eqn.outputs}
-    earliest_read = list(range(len(chain)))
+    reads: list[set[int]] = []
     for index, eqn in enumerate(chain):
-        for value in _reads_through(eqn, cheap, maker):
-            last_use[value] = index
-            earliest_read[index] = min(earliest_read[index], writer.get(value, index))
+        values = _reads_through(eqn, cheap, maker)
+        last_use.update(dict.fromkeys(values, index))
+        reads.append({writer[value] for value in values if value in writer})
     cut_bytes = np.zeros(len(chain) + 1)
     for index, eqn in enumerate(chain):
         for out in eqn.outputs:
@@ -158,7 +158,7 @@ def cut_into_layers(forward: Forward, cutter: Cutter) -> list[Cut]:
 
     final = {forward.loss, *forward.aux}
     cuts: list[Cut] = []
-    ends = [0, *branch_borders(earliest_read, flops), len(chain)]
+    ends = [0, *branch_borders(reads, flops), len(chain)]
     spans = [
         (first + start, first + stop)
         for first, last in pairwise(ends)

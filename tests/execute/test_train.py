@@ -52,6 +52,12 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {  # model, batch, micr
         4,
         {"pipeline": 4, "tensor": 1, "data": 1, "schedule": "graph-1f1b"},
     ),
+    "a trunk that forks": (
+        "multi-branch:branches=2,layers=1,trunk=1,after=1,hidden=16,features=4,targets=4",
+        8,
+        4,
+        {"pipeline": 4, "tensor": 1, "data": 1, "schedule": "graph-1f1b"},
+    ),
 }
 
 

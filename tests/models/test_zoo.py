@@ -49,7 +49,9 @@ def test_names_of_the_contract_exist() -> None:
     assert {*promised, "two-tower-small", "llama-7b", "llama-13b", "llama-70b"} <= set(NAMES)
 
 
-@pytest.mark.parametrize("name", ["gpt-350m", "moe-380m", "wresnet-250m", "two-tower-small", "llama-7b"])
+@pytest.mark.parametrize(
+    "name", ["gpt-350m", "moe-380m", "wresnet-250m", "two-tower-small", "llama-7b", "multi-branch"]
+)
 def test_the_loss_of_every_family_traces_to_a_scalar(name: str) -> None:
     model = get_model(name)
     assert jax.eval_shape(model.loss_fn, parameters(name), model.batch_fn(4)).shape == ()
@@ -88,6 +90,8 @@ def test_a_named_model_may_be_varied() -> None:
         ("gpt:hidden=100,heads=12", "use heads=10 or heads=20"),
         ("gpt:dtype=fp8", "use one of f32, bf16, f16"),
         ("gpt:tied=maybe", "tied=maybe is neither true nor false"),
+        ("multi-branch:branches=0", "branches=0 is not a size"),
+        ("multi-branch:after=-1", "after=-1 is not a number of layers"),
         ("moe:balance=nan", "not a finite number"),
         ("moe:balance=-1", "use 0 or more"),
         ("moe:experts=1", "needs at least 2"),
