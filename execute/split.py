@@ -71,9 +71,10 @@ def split_plan(plan: Plan, graph: ModelGraph) -> tuple[StageSplit, ...]:
             f"the plan was made for another program than model {graph.name!r} gives here (fingerprint "
             f"{plan.fingerprint}, now {graph.fingerprint}); plan again with this model and this version of JAX"
         )
-    zero = max((level for layout in plan.layouts.values() for level in layout.zero.values()), default=0)
-    if zero:
-        raise PlanError(f"the plan keeps parameters at ZeRO-{zero}, which cannot be executed yet; plan with --zero 0")
+    if plan.zero:
+        raise PlanError(
+            f"the plan keeps parameters at ZeRO-{plan.zero}, which cannot be executed yet; plan with --zero 0"
+        )
     maker = graph.owner_of_value()
     stage_of = {layer: i for i, stage in enumerate(plan.stages) for layer in range(*stage.layers)}
     readers: dict[int, list[int]] = {}

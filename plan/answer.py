@@ -12,6 +12,7 @@ from meshwright.plan.planfile import FORMAT, VERSION, Plan, PlannedCollective, R
 from meshwright.plan.priced import Priced, priced_stage
 from meshwright.plan.request import SURE_SHARE, Request
 from meshwright.plan.schedule_rules import GRAPH, SIMPLE
+from meshwright.plan.zero_note import zero_notes
 
 _RIVALS = 12
 _WORTH_SAYING = 0.01  # the gain from which a schedule that cannot be run yet is named
@@ -104,6 +105,7 @@ def _notes(winner: Judged, judged: Sequence[Judged], request: Request) -> list[s
         why = "as the stages are given" if request.fix.stages is not None else "it is faster so"
         notes.append(f"{request.cluster.devices - used} of {request.cluster.devices} devices stay idle: {why}")
     notes += _schedule_notes(winner, judged, request)
+    notes += zero_notes(winner, request)
     return notes
 
 

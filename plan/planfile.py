@@ -193,6 +193,11 @@ class Plan(_Record, frozen=True):
     def devices(self) -> int:
         return sum(len(mesh) for mesh in self.meshes)
 
+    @property
+    def zero(self) -> int:
+        """The highest level of ZeRO at which a parameter is kept."""
+        return max((level for layout in self.layouts.values() for level in layout.zero.values()), default=0)
+
     def recomputes(self, stage: int) -> bool:
         """Whether a stage runs its forward again in its backward."""
         return (self.stages[stage].remat or self.remat) == "full"

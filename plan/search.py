@@ -17,6 +17,7 @@ from meshwright.plan.judge import Candidate, Judged, judge_candidate, winner_of,
 from meshwright.plan.planfile import Plan, bytes_text
 from meshwright.plan.request import SURE_SHARE, Fix, Request, microbatch_counts, refined_counts
 from meshwright.plan.schedule_rules import GRAPH, SIMPLE, ScheduleRule, find_rule
+from meshwright.plan.zero import ZERO_PRICES
 
 __all__ = ["Fix", "Graphs", "Progress", "Request", "microbatch_counts", "search"]
 
@@ -218,9 +219,10 @@ class _Search:
         larger stages, or some to recompute nothing.
         """
         remat = self.request.fix.remat
+        prices = sorted({*MEMORY_PRICES, *(ZERO_PRICES if self.request.zero else ())})
         if remat is not None:
-            return tuple(((remat, price),) for price in MEMORY_PRICES)
-        return ((("none", 0.0),), *((("none", price), ("full", price)) for price in MEMORY_PRICES))
+            return tuple(((remat, price),) for price in prices)
+        return ((("none", 0.0),), *((("none", price), ("full", price)) for price in prices))
 
     def _judge(self, candidate: Candidate, request: Request) -> Judged:
         start = time.perf_counter()
@@ -286,6 +288,7 @@ class _Search:
         return (
             f"no plan fits: the leanest needs {bytes_text(least)} on a device of {bytes_text(request.device_bytes)}"
             f"{free}; use more devices, a smaller batch or a smaller model"
+            + ("" if self.request.zero else ", or plan with --zero auto (for which there is no executor yet)")
         )
 
 

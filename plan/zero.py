@@ -17,6 +17,10 @@ from meshwright.plan.graph import Tensor
 from meshwright.plan.sharding import Axes, Collective, LogicalMesh, Spec, local_bytes, reduce_to, reshard
 
 LEVELS = (0, 1, 2, 3)
+# Further prices of memory at which layers are sharded, beside ``candidates.MEMORY_PRICES``: each level saves as many
+# bytes as the one before for two to three times the traffic, so its price is that much higher. The last is for what
+# fits in no other way.
+ZERO_PRICES = (1.0, 100.0)
 AUTO = LEVELS[-1]  # the highest level that is offered if the search may choose
 
 Charge = tuple[int, Tensor, tuple[Collective, ...]]  # component of the cost vector, what is moved, and how

@@ -191,10 +191,12 @@ def report(plan: Plan, out: str | None, shown: int = 5) -> str:
         lines += ["runners-up:"]
         lines += [f"  {seconds_text(r.iteration_seconds):>8}  {r.name}: {r.why_not}" for r in plan.rivals[:shown]]
     if out:
-        if find_rule(plan.schedule).runnable:
+        if plan.zero:
+            lines += [f"wrote {out}; ZeRO-{plan.zero} cannot be executed yet"]
+        elif find_rule(plan.schedule).runnable:
             lines += [f"wrote {out}; run it with: meshwright execute {out}"]
         else:
             lines += [f"wrote {out}; schedule {plan.schedule} cannot be executed yet"]
-        if plan.fallback is not None:
+        if plan.fallback is not None and not plan.fallback.zero:
             lines += [f"should memory run out: meshwright execute {fallback_path(out)}"]
     return "\n".join(lines)
