@@ -5,25 +5,28 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meshwright.errors import PlanError
-from meshwright.models.base import Model
 from meshwright.plan.export.base import Export
 from meshwright.plan.export.jax import export_jax
 from meshwright.plan.export.maxtext import export_maxtext
 from meshwright.plan.export.megatron import export_megatron
-from meshwright.plan.graph import ModelGraph
 from meshwright.plan.planfile import Plan, load_plan
 
+if TYPE_CHECKING:
+    from meshwright.plan.trace.model import Trace
 
-def _as_jax(plan: Plan, graph: ModelGraph, model: Model) -> Export:
-    return export_jax(plan, graph, loss_is_mean=model.loss_reduction == "mean")
+
+def _as_jax(plan: Plan, traced: "Trace") -> Export:
+    rows = {traced.user_parameters[part.leaf].name: part.dim for part in traced.parts if part.row is not None}
+    return export_jax(plan, traced.graph, loss_is_mean=traced.model.loss_reduction == "mean", stacked=rows)
 
 
-TARGETS: dict[str, Callable[[Plan, ModelGraph, Model], Export]] = {
+TARGETS: dict[str, Callable[[Plan, "Trace"], Export]] = {
     "jax": _as_jax,
-    "megatron": lambda plan, graph, model: export_megatron(plan, graph),
-    "maxtext": lambda plan, graph, model: export_maxtext(plan, graph),
+    "megatron": lambda plan, traced: export_megatron(plan, traced.graph),
+    "maxtext": lambda plan, traced: export_maxtext(plan, traced.graph),
 }
 
 
@@ -43,8 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export; what cannot be expressed goes to stderr, so that stdout is the text alone."""
     plan = load_plan(args.plan)
-    graph, model = _traced(plan)
-    export = TARGETS[args.to](plan, graph, model)
+    export = TARGETS[args.to](plan, _traced(plan))
     if args.out:
         target = Path(args.out)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _traced(plan: Plan) -> tuple[ModelGraph, Model]:
+def _traced(plan: Plan) -> "Trace":
     """The model of the plan, which names parameters and layers.
 
     Errors: PlanError if it is not what the plan was made for.
@@ -72,8 +74,7 @@ def _traced(plan: Plan) -> tuple[ModelGraph, Model]:
     from meshwright.models.zoo import get_model
     from meshwright.plan.trace.model import trace
 
-    model = get_model(plan.model)
-    graph = trace(model, plan.batch, plan.microbatches).graph
-    if graph.fingerprint != plan.fingerprint:
+    traced = trace(get_model(plan.model), plan.batch, plan.microbatches)
+    if traced.graph.fingerprint != plan.fingerprint:
         raise PlanError(f"the plan was made for another version of {plan.model}; plan again before you export it")
-    return graph, model
+    return traced

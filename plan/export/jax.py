@@ -1,13 +1,13 @@
 """A plan as one Python file of meshes and ``PartitionSpec``s that runs with JAX alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from textwrap import fill
 
 from meshwright.errors import PlanError
 from meshwright.plan.export.base import Export
 from meshwright.plan.graph import ModelGraph
-from meshwright.plan.planfile import Plan, seconds_text
+from meshwright.plan.planfile import Layout, Plan, seconds_text
 from meshwright.plan.predict import program_of
 from meshwright.simulate.program import Backward, BackwardInput, Forward
 
@@ -16,12 +16,15 @@ _BEGIN, _END = "# --- tables\n", "# --- end of tables\n"
 _WIDTH = 118
 
 
-def export_jax(plan: Plan, graph: ModelGraph, *, loss_is_mean: bool = True) -> Export:
+def export_jax(
+    plan: Plan, graph: ModelGraph, *, loss_is_mean: bool = True, stacked: Mapping[str, int] | None = None
+) -> Export:
     """The plan as a Python file.
 
     Args:
         graph: the traced model that the plan is for, at its number of micro-batches; names the parameters.
         loss_is_mean: whether losses of micro-batches combine by their mean; else by their sum.
+        stacked: leaves of the user's parameters that stack layers, of which the graph has the rows: name and dim.
     Errors: PlanError if the graph is another one.
     """
     if graph.fingerprint != plan.fingerprint:
@@ -32,7 +35,7 @@ def export_jax(plan: Plan, graph: ModelGraph, *, loss_is_mean: bool = True) -> E
     body = _BODY.read_text(encoding="utf-8")
     imports = body.partition('"""\n\n')[2].partition(_BEGIN)[0]
     rest = body.partition(_END)[2]
-    tables = "\n".join(_tables(plan, graph, loss_is_mean))
+    tables = "\n".join(_tables(plan, graph, loss_is_mean, stacked or {}))
     return Export(f"{_docstring(plan, cannot)}\n{imports}{tables}\n{rest}", cannot)
 
 
@@ -65,6 +68,8 @@ def _cannot(plan: Plan) -> Iterator[str]:
     )
     if any(layout.partial for layout in plan.layouts.values()) and plan.microbatches > 1:
         yield "keep gradients as partial sums until the end of the step: they are summed once a micro-batch"
+    if any(level < 3 for layout in plan.layouts.values() for level in layout.zero.values()) and plan.microbatches > 1:
+        yield "scatter gradients once a step where ZeRO-1 would: each micro-batch's are scattered at once, as by ZeRO-2"
     yield "update parameters: give the gradients to an optimizer, whose state then lies as they do"
     if len(plan.stages) > 1:
         yield "cut the model: write one function a stage, for the layers in `STAGES`"
@@ -86,7 +91,7 @@ def _program(plan: Plan) -> tuple[tuple[object, ...], ...]:
     return program_of(plan.schedule, plan.microbatches, count, plan.transfers, plan.tied, meshes)
 
 
-def _tables(plan: Plan, graph: ModelGraph, loss_is_mean: bool) -> Iterator[str]:
+def _tables(plan: Plan, graph: ModelGraph, loss_is_mean: bool, stacked: Mapping[str, int]) -> Iterator[str]:
     stage_of = {layer: s for s, stage in enumerate(plan.stages) for layer in range(*stage.layers)}
     yield f"BATCH, MICROBATCHES = {plan.batch}, {plan.microbatches}"
     yield f"LOSS_IS_MEAN = {loss_is_mean}"
@@ -118,30 +123,58 @@ def _tables(plan: Plan, graph: ModelGraph, loss_is_mean: bool) -> Iterator[str]:
     for stage in plan.stages:
         yield f"    [{', '.join(_tuple(text) for text in stage.boundaries)}],"
     yield "]"
-    for name, table in (
-        ("PARAMETERS", _specs(plan, graph, "parameters")),
-        ("BATCH_LEAVES", _specs(plan, graph, "batch")),
-    ):
-        yield "# leaf: {stage: spec}"
-        yield f"{name}: dict[str, dict[int, P]] = {{"
-        for leaf, of_stage in table.items():
-            yield f'    "{leaf}": {{{", ".join(f"{s}: {spec}" for s, spec in of_stage.items())}}},'
-        yield "}"
+    yield "# Leaves that stack layers, and the dim along which they do."
+    yield f"STACKED: dict[str, int] = {_dict(stacked)}"
+    yield "# leaf: {stage: spec}"
+    yield from _spec_table("PARAMETERS", _parameters(plan, graph))
+    yield "# Where gradient and optimizer state are split more finely than the parameter is."
+    yield from _spec_table("KEPT", _parameters(plan, graph, kept=True))
+    yield from _spec_table("BATCH_LEAVES", _batch(plan, graph))
 
 
-def _specs(plan: Plan, graph: ModelGraph, what: str) -> dict[str, dict[int, str]]:
-    """For each leaf of the parameters or of the batch: how each stage that reads it has it, as its first layer does."""
-    leaves = getattr(graph, what)
-    found: dict[str, dict[int, str]] = {leaf.name: {} for leaf in leaves}
-    for s, stage in enumerate(plan.stages):
-        for place, layer in enumerate(range(*stage.layers)):
-            use = graph.layers[layer]
-            values = {
-                int(key.partition(":")[0]): spec for key, spec in plan.layouts[stage.layouts[place]].values.items()
-            }
-            for leaf, number in zip(getattr(use, what), getattr(graph.classes[use.layer_class], what), strict=True):
-                found[leaves[leaf].name].setdefault(s, partition_spec(values.get(number, "")))
+def _spec_table(name: str, table: Mapping[str, Mapping[int, str]]) -> Iterator[str]:
+    yield f"{name}: dict[str, dict[int, P]] = {{"
+    for leaf, of_stage in table.items():
+        yield f'    "{leaf}": {{{", ".join(f"{s}: {partition_spec(spec)}" for s, spec in of_stage.items())}}},'
+    yield "}"
+
+
+def _parameters(plan: Plan, graph: ModelGraph, *, kept: bool = False) -> dict[str, dict[int, str]]:
+    """For each parameter: how each stage that reads it keeps it, as its first layer does.
+
+    Args:
+        kept: of gradient and optimizer state, where these are split further.
+    """
+    found: dict[str, dict[int, str]] = {leaf.name: {} for leaf in graph.parameters}
+    for s, layer, layout in _layers(plan):
+        values = {int(key.partition(":")[0]): spec for key, spec in layout.values.items()}
+        use = graph.layers[layer]
+        for leaf, number in zip(use.parameters, graph.classes[use.layer_class].parameters, strict=True):
+            finer, level = layout.stored.get(str(number)), layout.zero.get(str(number), 0)
+            of_stage = found[graph.parameters[leaf].name]
+            if kept and finer is not None:
+                of_stage.setdefault(s, finer)
+            elif not kept:
+                of_stage.setdefault(s, finer if finer is not None and level >= 3 else values.get(number, ""))
     return {name: specs for name, specs in found.items() if specs}
+
+
+def _batch(plan: Plan, graph: ModelGraph) -> dict[str, dict[int, str]]:
+    """For each leaf of the batch: how each stage that reads it has it."""
+    found: dict[str, dict[int, str]] = {leaf.name: {} for leaf in graph.batch}
+    for s, layer, layout in _layers(plan):
+        values = {int(key.partition(":")[0]): spec for key, spec in layout.values.items()}
+        use = graph.layers[layer]
+        for leaf, number in zip(use.batch, graph.classes[use.layer_class].batch, strict=True):
+            found[graph.batch[leaf].name].setdefault(s, values.get(number, ""))
+    return {name: specs for name, specs in found.items() if specs}
+
+
+def _layers(plan: Plan) -> Iterator[tuple[int, int, Layout]]:
+    """Stage, layer and layout of each layer."""
+    for s, stage in enumerate(plan.stages):
+        for layer, name in zip(range(*stage.layers), stage.layouts, strict=True):
+            yield s, layer, plan.layouts[name]
 
 
 def partition_spec(text: str) -> str:
@@ -157,7 +190,7 @@ def _tuple(text: str) -> str:
     return "(" + "".join(f'"{a}", ' for a in axes).rstrip(" " if len(axes) == 1 else ", ") + ")"
 
 
-def _dict(sizes: dict[str, int]) -> str:
+def _dict(sizes: Mapping[str, int]) -> str:
     return "{" + ", ".join(f'"{name}": {size}' for name, size in sizes.items()) + "}"
 
 

@@ -23,7 +23,9 @@ STAGES: list[dict[str, Any]] = [
 WARMUP: list[int] | None = [0]
 ROWS: list[str] = []
 ENTERS: list[list[tuple[str, ...]]] = [[(), ()]]
+STACKED: dict[str, int] = {}
 PARAMETERS: dict[str, dict[int, P]] = {}
+KEPT: dict[str, dict[int, P]] = {}
 BATCH_LEAVES: dict[str, dict[int, P]] = {}
 # --- end of tables
 
@@ -48,23 +50,50 @@ def names(tree: Tree) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
 
 
-def parameter_shardings(params: Tree, stage: int = 0, devices: Sequence[jax.Device] | None = None) -> Tree:
-    """A sharding for each parameter; None for those that the stage does not read."""
+def rows(params: Tree) -> Named:
+    """The parameters by name; leaves that stack layers as one row a layer, ``name[row]``."""
+    found: Named = {}
+    for name, x in zip(names(params), jax.tree.leaves(params), strict=True):
+        if name in STACKED:
+            found |= {f"{name}[{i}]": jnp.take(x, i, axis=STACKED[name]) for i in range(x.shape[STACKED[name]])}
+        else:
+            found[name] = x
+    return found
+
+
+def kept_spec(name: str, stage: int) -> P:
+    """How gradient and optimizer state of a parameter lie: as it does, or split further (ZeRO)."""
+    return KEPT.get(name, {}).get(stage, PARAMETERS[name][stage])
+
+
+def parameter_shardings(
+    params: Tree, stage: int = 0, devices: Sequence[jax.Device] | None = None, *, kept: bool = False
+) -> Tree:
+    """A sharding for each parameter, or for its gradient and optimizer state if ``kept``; None where a stage has none.
+
+    A leaf that stacks layers lies as its first row of the stage does.
+    """
     where = mesh(stage, devices)
-    specs = [PARAMETERS.get(name, {}).get(stage) for name in names(params)]
-    places = [None if spec is None else NamedSharding(where, spec) for spec in specs]
-    return jax.tree.unflatten(jax.tree.structure(params), places)
+
+    def place(name: str) -> NamedSharding | None:
+        of_stage = [n for n in PARAMETERS if n == name or n.startswith(f"{name}[")]
+        first = next((n for n in of_stage if stage in PARAMETERS[n]), None)
+        if first is None:
+            return None
+        spec = kept_spec(first, stage) if kept else PARAMETERS[first][stage]
+        if name not in STACKED:
+            return NamedSharding(where, spec)
+        at = STACKED[name]
+        return NamedSharding(where, P(*spec[:at], None, *spec[at:]))
+
+    return jax.tree.unflatten(jax.tree.structure(params), [place(name) for name in names(params)])
 
 
 def own_parameters(params: Tree, stage: int, devices: Sequence[jax.Device] | None = None) -> Named:
     """The parameters that a stage reads, by name, on its mesh."""
     where = mesh(stage, devices)
-    table = dict(zip(names(params), jax.tree.leaves(params), strict=True))
-    return {
-        n: jax.device_put(x, NamedSharding(where, PARAMETERS[n][stage]))
-        for n, x in table.items()
-        if stage in PARAMETERS.get(n, {})
-    }
+    own = {name: x for name, x in rows(params).items() if stage in PARAMETERS.get(name, {})}
+    return {name: jax.device_put(x, NamedSharding(where, PARAMETERS[name][stage])) for name, x in own.items()}
 
 
 def microbatches(batch: Tree) -> Iterator[Tree]:
@@ -109,7 +138,7 @@ def value_and_grad(
     """Loss and gradients of one optimizer step of a plan of one stage, micro-batch by micro-batch."""
     if len(STAGES) > 1:
         raise ValueError(f"the plan has {len(STAGES)} stages: give pipeline_value_and_grad a function for each")
-    places = parameter_shardings(params, 0, devices)
+    kept = parameter_shardings(params, 0, devices, kept=True)
 
     def loss_of(weights: Tree, piece: Tree) -> Any:
         out = loss_fn(weights, piece)
@@ -118,9 +147,9 @@ def value_and_grad(
     @jax.jit
     def one(weights: Tree, piece: Tree) -> tuple[jax.Array, Tree]:
         loss, gradients = jax.value_and_grad(loss_of)(weights, piece)
-        return loss, jax.lax.with_sharding_constraint(gradients, places)
+        return loss, jax.lax.with_sharding_constraint(gradients, kept)
 
-    weights = jax.device_put(params, places)
+    weights = jax.device_put(params, parameter_shardings(params, 0, devices))
     total: Any = None
     for piece in microbatches(batch):
         total = _add(total, one(weights, place_batch(piece, 0, devices)))
@@ -171,8 +200,8 @@ def pipeline_value_and_grad(
 
 def order() -> Iterator[tuple[str, int, int]]:
     """Forwards ("F") and backwards ("B") of (stage, micro-batch), each mesh in the plan's order."""
-    rows = ROWS or [_steady(s, ahead) for s, ahead in enumerate(WARMUP or [])]
-    waiting = [[_step(word) for word in reversed(row.split())] for row in rows]
+    texts = ROWS or [_steady(s, ahead) for s, ahead in enumerate(WARMUP or [])]
+    waiting = [[_step(word) for word in reversed(text.split())] for text in texts]
     done: set[tuple[Any, ...]] = set()
     while any(waiting):
         before = len(done)
@@ -221,7 +250,7 @@ def _halves(function: StageFunction, s: int, devices: Sequence[jax.Device] | Non
 
     def backward(pull: Any, cotangent: Tree) -> tuple[Named, Tree]:
         gradients, back = pull(cotangent)
-        specs = {n: NamedSharding(where, PARAMETERS[n][s]) for n in gradients}
+        specs = {n: NamedSharding(where, kept_spec(n, s)) for n in gradients}
         return jax.lax.with_sharding_constraint(gradients, specs), lay(back, enters)
 
     if not STAGES[s]["recompute"]:
@@ -240,15 +269,24 @@ def _halves(function: StageFunction, s: int, devices: Sequence[jax.Device] | Non
 
 def _whole_gradients(params: Tree, sums: Sequence[Named], scale: float, devices: Sequence[jax.Device] | None) -> Tree:
     """The stages' gradients in the order of the parameters; a tied weight's are summed where it comes first."""
-    found = []
-    for name, leaf in zip(names(params), jax.tree.leaves(params), strict=True):
+
+    def whole(name: str, like: jax.Array) -> jax.Array:
         stages = sorted(PARAMETERS.get(name, {}))
         if not stages:
-            found.append(jnp.zeros_like(leaf))
-            continue
-        home = NamedSharding(mesh(stages[0], devices), PARAMETERS[name][stages[0]])
+            return jnp.zeros_like(like)
+        home = NamedSharding(mesh(stages[0], devices), kept_spec(name, stages[0]))
         parts = [jax.device_put(sums[s][name], home) for s in stages]
-        found.append(sum(parts[1:], parts[0]) * jnp.asarray(scale, leaf.dtype))
+        total: jax.Array = sum(parts[1:], parts[0]) * jnp.asarray(scale, like.dtype)
+        return total
+
+    by_name = {name: whole(name, x) for name, x in rows(params).items()}
+    found = []
+    for name, leaf in zip(names(params), jax.tree.leaves(params), strict=True):
+        if name in STACKED:
+            own = [by_name[f"{name}[{i}]"] for i in range(leaf.shape[STACKED[name]])]
+            found.append(jnp.stack([jax.device_put(x, own[0].sharding) for x in own], axis=STACKED[name]))
+        else:
+            found.append(by_name[name])
     return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
